@@ -1,0 +1,1 @@
+"""The brick transformer: one model, whose bricks a family chooses."""

@@ -1,0 +1,111 @@
+"""What a model is made of: sizes, bricks, precision and loss."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from maxlm.section import Section, key
+
+VOCAB_MULTIPLE = 128
+
+# Names that `checkpoint_name` gives to activations, for remat policy `names`.
+REMAT_NAMES = ("q", "k", "v", "flash_out", "flash_lse", "attention_out", "mlp_gate", "mlp_up", "mlp_out")
+
+
+class RematConfig(Section):
+    """Which activations of a layer are kept for the backward pass; the others are computed again."""
+
+    policy: Literal["none", "full", "dots", "names"] = key(
+        "none", "none: keep everything; full: keep only each layer's input; dots: keep matmul results; names: keep `names`"
+    )
+    names: tuple[str, ...] = key((), f"activations kept by policy `names`, of {', '.join(REMAT_NAMES)}")
+
+    @model_validator(mode="after")
+    def _names_go_with_policy(self) -> RematConfig:
+        if unknown := set(self.names) - set(REMAT_NAMES):
+            raise ValueError(f"names {sorted(unknown)} are not activations of a layer; they are {', '.join(REMAT_NAMES)}")
+        if (self.policy == "names") != bool(self.names):
+            raise ValueError(f"policy {self.policy!r} with names {list(self.names)}: `names` are given with policy 'names' only")
+        return self
+
+
+class ModelConfig(Section):
+    """A decoder-only transformer: its sizes and its bricks."""
+
+    vocab_size: int = key(..., "tokens in the vocabulary (padded inside to a multiple of 128)", unit="tokens", ge=2)
+    n_layers: int = key(..., "transformer layers", ge=1)
+    d_model: int = key(..., "width of the residual stream", ge=1)
+    n_heads: int = key(..., "query heads", ge=1)
+    n_kv_heads: int | None = key(None, "key and value heads; n_heads where not given, 1 is multi-query", ge=1)
+    head_dim: int | None = key(None, "width of a head; d_model / n_heads where not given", ge=1)
+    d_ff: int = key(..., "width inside the feed-forward block", ge=1)
+    max_seq_len: int = key(2048, "longest sequence that the model is made for", unit="tokens", ge=1)
+
+    norm: Literal["rms", "layer"] = key("rms", "RMSNorm (arXiv:1910.07467) or LayerNorm with bias (arXiv:1607.06450)")
+    norm_eps: float = key(1e-5, "added to the variance inside the norms", gt=0)
+    positions: Literal["rope", "learned"] = key("rope", "rotary (arXiv:2104.09864) or learned absolute positions")
+    rope_theta: float = key(10_000.0, "base of RoPE's wavelengths", gt=0)
+    attention_bias: bool = key(False, "biases on the query, key and value projections")
+    attention_out_bias: bool = key(False, "a bias on attention's output projection")
+    qk_norm: bool = key(False, "RMSNorm over each head of queries and keys, before RoPE (arXiv:2302.05442)")
+    attention_softcap: float | None = key(None, "attention scores are softcap * tanh(scores / softcap)", gt=0)
+    attention_implementation: Literal["auto", "reference", "chunked"] = key("auto", "which attention kernel runs")
+    mlp: Literal["swiglu", "geglu", "gelu", "relu2"] = key(
+        "swiglu", "gated by SiLU or GELU (arXiv:2002.05202), or plain with GELU or squared ReLU (arXiv:2109.08668)"
+    )
+    mlp_bias: bool = key(False, "biases in the feed-forward block")
+    tied_embeddings: bool = key(False, "the output head is the token embedding")
+    logit_softcap: float | None = key(None, "logits are softcap * tanh(logits / softcap)", gt=0)
+    init_std: float = key(0.02, "standard deviation of the initial weights", gt=0)
+    residual_init_scaling: bool = key(
+        True, "projections into the residual stream start smaller, by 1 / sqrt(2 n_layers) (GPT-2)"
+    )
+    remat: RematConfig = key(RematConfig(), "what the backward pass keeps and what it computes again")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> ModelConfig:
+        if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.n_kv_heads}")
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise ValueError(f"d_model = {self.d_model} is not a multiple of n_heads = {self.n_heads}; give head_dim")
+        if self.positions == "rope" and self.head_width % 2:
+            raise ValueError(f"head_dim = {self.head_width} is odd, and RoPE turns pairs of channels")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, filled in."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head, filled in."""
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward block multiplies by a gate."""
+        return self.mlp in ("swiglu", "geglu")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: the vocabulary rounded up, so that every mesh divides it."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+class PrecisionConfig(Section):
+    """Number formats. Norms, softmax, router and loss are float32 whatever stands here."""
+
+    parameters: Literal["float32", "bfloat16"] = key("float32", "format of the weights and of the optimizer state")
+    compute: Literal["float32", "bfloat16"] = key("bfloat16", "format of matmul inputs and activations")
+
+
+class LossConfig(Section):
+    """Next-token cross-entropy."""
+
+    z_loss: float = key(0.0, "weight of the squared log-partition in the loss (PaLM, arXiv:2204.02311, section 5)", ge=0)
+    chunk_tokens: int | None = key(
+        None, "tokens whose logits exist at once on a device; chosen by memory where not given", unit="tokens", ge=1
+    )

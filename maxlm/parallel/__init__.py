@@ -1,0 +1,1 @@
+"""Meshes, the table from logical to mesh axes, and starting many processes."""

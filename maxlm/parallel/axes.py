@@ -1,0 +1,96 @@
+"""The one table from logical axes to mesh axes. Nothing else in the code names a mesh axis, kernels and pipeline aside.
+
+A weight's logical axes stand beside its shape (`("embed", "mlp")`), an activation's at the line that constrains it
+(`("batch", "residual_length", "embed")`). Two tables, because one name means two things: a weight's `embed` is sharded
+over `fsdp` where it rests, an activation's is whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import PartitionSpec, reshard
+
+LogicalAxes = Sequence[str | None]
+
+WEIGHTS: dict[str, tuple[str, ...]] = {
+    "layers": (),
+    "embed": ("fsdp",),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "vocab": ("tensor",),
+    "positions": (),
+    "norm": (),
+}
+
+# Mesh axes that shard a weight only while it rests; `gather` takes them away where the weight is used.
+STORAGE_AXES = ("data", "fsdp")
+
+ACTIVATIONS: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "length": (),
+    # Between the blocks of a layer each tensor-parallel device keeps its share of the positions (Megatron's
+    # sequence parallelism, arXiv:2205.05198, section 4.2.2).
+    "residual_length": ("tensor",),
+    "embed": (),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "vocab": ("tensor",),
+}
+
+
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """The mesh axes over which an activation's logical axis is sharded."""
+    return ACTIVATIONS[name]
+
+
+def activation_spec(*logical: str | None) -> PartitionSpec:
+    """The sharding of an activation by its logical axes; None is an axis that no device shares."""
+    return PartitionSpec(*(_entry(ACTIVATIONS[name]) if name else None for name in logical))
+
+
+def weight_spec(logical: LogicalAxes, *, shard_over_data: bool = False) -> PartitionSpec:
+    """The sharding of a weight at rest; `shard_over_data` adds the `data` axis to `fsdp` (see `mesh.zero`)."""
+    entries = []
+    for name in logical:
+        axes = WEIGHTS[name] if name else ()
+        if shard_over_data and "fsdp" in axes:
+            axes = ("data", *axes)
+        entries.append(_entry(axes))
+    return PartitionSpec(*entries)
+
+
+def gathered_spec(logical: LogicalAxes) -> PartitionSpec:
+    """The sharding of a weight where it is used: without the axes that only store it."""
+    return PartitionSpec(
+        *(_entry(tuple(axis for axis in WEIGHTS[name] if axis not in STORAGE_AXES)) if name else None for name in logical)
+    )
+
+
+def gather(weight: jax.Array, logical: LogicalAxes) -> jax.Array:
+    """Brings a stored weight together where it is used: FSDP's all-gather, whose transpose reduce-scatters the gradient."""
+    return reshard(weight, gathered_spec(logical))
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Moves an activation to the sharding of its logical axes. Raises ValueError on a rank that does not match."""
+    if x.ndim != len(logical):
+        raise ValueError(f"an array of shape {x.shape} constrained by {len(logical)} logical axes {logical}")
+    return reshard(x, activation_spec(*logical))
+
+
+def shards_of(name: str, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
+    """Into how many pieces the mesh cuts an activation's logical axis."""
+    return math.prod(mesh.shape[axis] for axis in ACTIVATIONS[name])
+
+
+def _entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    if not axes:
+        return None
+    return axes[0] if len(axes) == 1 else axes

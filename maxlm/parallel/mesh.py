@@ -1,0 +1,66 @@
+"""The device mesh: six named axes, slowest network first, all of them explicit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from maxlm.errors import ClusterError
+from maxlm.section import Section, key
+
+if TYPE_CHECKING:
+    import jax
+
+AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
+
+
+class MeshConfig(Section):
+    """How many devices each kind of parallelism gets. The product is the number of devices; one axis may be -1."""
+
+    pipeline: int = key(1, "stages of the pipeline", unit="devices", ge=-1)
+    data: int = key(1, "replicas that each see other rows of the batch", unit="devices", ge=-1)
+    fsdp: int = key(-1, "as data, with weights, gradients and optimizer state sharded too (ZeRO-3)", ge=-1, unit="devices")
+    expert: int = key(1, "groups of experts", unit="devices", ge=-1)
+    context: int = key(1, "pieces of each sequence inside attention", unit="devices", ge=-1)
+    tensor: int = key(1, "pieces of each matrix, with residuals sharded by sequence between them", unit="devices", ge=-1)
+    zero: Literal[0, 1, 3] = key(
+        0, "what the `data` axis shards besides the batch: 0 nothing, 1 the optimizer state, 3 the weights as well"
+    )
+
+
+def resolve_sizes(config: MeshConfig, n_devices: int) -> dict[str, int]:
+    """The size of every axis on `n_devices` devices, the one that is -1 filled up.
+
+    Raises ClusterError when the sizes do not multiply to the number of devices.
+    """
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    if any(size == 0 for size in sizes.values()):
+        raise ClusterError(f"mesh: an axis of size 0 ({_show(sizes)}); every axis is at least 1, or -1 to fill up")
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise ClusterError(f"mesh.{' and mesh.'.join(open_axes)} are both -1; at most one axis may fill up")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if open_axes and n_devices % fixed == 0:
+        sizes[open_axes[0]] = n_devices // fixed
+    if math.prod(sizes.values()) != n_devices:
+        raise ClusterError(
+            f"mesh {_show(sizes)} needs {'a multiple of ' if open_axes else ''}{fixed} devices and there are {n_devices}; "
+            "change the axis sizes (mesh.AXIS=N), or give one of them -1 to fill up"
+        )
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh over `devices` (all of the cluster's by default), laid along the physical network where there is one."""
+    import jax
+    from jax.experimental import mesh_utils
+
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = resolve_sizes(config, len(devices))
+    array = mesh_utils.create_device_mesh(tuple(sizes.values()), devices=devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
+
+
+def _show(sizes: dict[str, int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "of one device"
