@@ -1,0 +1,114 @@
+"""Multi-head, grouped-query and multi-query causal self-attention, with or without a key-value cache."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from maxlm.kernels.attention import attention
+from maxlm.kernels.masks import Mask
+from maxlm.models.config import ModelConfig
+from maxlm.models.layers import Initializer, Norm, use
+from maxlm.models.positions import rotate
+from maxlm.parallel.axes import activation_spec, constrain
+
+
+class LayerCache(NamedTuple):
+    """The keys and values of one layer (or, stacked, of all) for the positions seen so far, by position."""
+
+    k_BSGK: jax.Array
+    v_BSGK: jax.Array
+
+
+class Context(NamedTuple):
+    """What every layer of a forward pass shares. `lengths_B` is given when decoding: positions already in the cache."""
+
+    rope: tuple[jax.Array, jax.Array] | None
+    segments_BT: jax.Array | None
+    lengths_B: jax.Array | None = None
+
+    @property
+    def residual(self) -> tuple[str, str, str]:
+        """Logical axes of the residual stream: single tokens of a decoding step cannot be spread over devices."""
+        return ("batch", "residual_length" if self.lengths_B is None else "length", "embed")
+
+
+class Attention(nnx.Module):
+    """Projections, optional q and k norms, RoPE, and the attention kernel."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, init: Initializer):
+        self.config, self.dtype = config, dtype
+        d, h, g, k = config.d_model, config.n_heads, config.kv_heads, config.head_width
+        out_std = config.init_std / (2 * config.n_layers) ** 0.5 if config.residual_init_scaling else config.init_std
+        self.q = init.normal("q", (d, h, k), ("embed", "heads", "head_dim"), config.init_std)
+        self.k = init.normal("k", (d, g, k), ("embed", "kv_heads", "head_dim"), config.init_std)
+        self.v = init.normal("v", (d, g, k), ("embed", "kv_heads", "head_dim"), config.init_std)
+        self.o = init.normal("o", (h, k, d), ("heads", "head_dim", "embed"), out_std)
+        if config.attention_bias:
+            self.q_bias = init.full((h, k), ("heads", "head_dim"), 0.0)
+            self.k_bias = init.full((g, k), ("kv_heads", "head_dim"), 0.0)
+            self.v_bias = init.full((g, k), ("kv_heads", "head_dim"), 0.0)
+        if config.attention_out_bias:
+            self.o_bias = init.full((d,), ("norm",), 0.0)
+        if config.qk_norm:
+            self.q_norm = Norm(k, "rms", config.norm_eps, init.at("q_norm"))
+            self.k_norm = Norm(k, "rms", config.norm_eps, init.at("k_norm"))
+
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
+        """Attention's addition to the residual stream, and the cache with these positions written."""
+        x_BTD = constrain(x_BTD, "batch", "length", "embed")
+        q_BTHK, k_BTGK, v_BTGK = self._project(x_BTD, context)
+        q_BTHK, k_BTGK, v_BTGK = (
+            checkpoint_name(value, name) for value, name in ((q_BTHK, "q"), (k_BTGK, "k"), (v_BTGK, "v"))
+        )
+        if cache is not None:
+            cache = LayerCache(*_write(cache, k_BTGK, v_BTGK, context.lengths_B))
+            k_BTGK, v_BTGK = cache
+        o_BTHK = attention(
+            q_BTHK,
+            k_BTGK,
+            v_BTGK,
+            mask=Mask(causal=True),
+            segments_BT=context.segments_BT,
+            softcap=self.config.attention_softcap,
+            q_offset_B=context.lengths_B,
+            implementation=self.config.attention_implementation,
+        )
+        y_BTD = jnp.einsum(
+            "bthk,hkd->btd", o_BTHK, use(self.o, self.dtype), out_sharding=activation_spec(*context.residual)
+        )
+        if self.config.attention_out_bias:
+            y_BTD = y_BTD + use(self.o_bias, self.dtype)
+        return checkpoint_name(y_BTD, "attention_out"), cache
+
+    def _project(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, use(self.q, self.dtype))
+        k_BTGK = jnp.einsum("btd,dgk->btgk", x_BTD, use(self.k, self.dtype))
+        v_BTGK = jnp.einsum("btd,dgk->btgk", x_BTD, use(self.v, self.dtype))
+        if self.config.attention_bias:
+            q_BTHK = q_BTHK + use(self.q_bias, self.dtype)
+            k_BTGK = k_BTGK + use(self.k_bias, self.dtype)
+            v_BTGK = v_BTGK + use(self.v_bias, self.dtype)
+        if self.config.qk_norm:
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        if context.rope is not None:
+            q_BTHK, k_BTGK = rotate(q_BTHK, *context.rope), rotate(k_BTGK, *context.rope)
+        return q_BTHK, k_BTGK, v_BTGK
+
+
+def _write(cache: LayerCache, k_BTGK: jax.Array, v_BTGK: jax.Array, lengths_B: jax.Array | None):
+    """Writes new keys and values of each row behind the positions that it already has."""
+
+    def local(cached_BSGK, new_BTGK, lengths_B):
+        def row(cached, new, length):
+            return jax.lax.dynamic_update_slice(cached, new, (length, 0, 0))
+
+        return jax.vmap(row)(cached_BSGK, new_BTGK.astype(cached_BSGK.dtype), lengths_B)
+
+    spec = activation_spec("batch", "length", "kv_heads", "head_dim")
+    write = jax.shard_map(local, in_specs=(spec, spec, activation_spec("batch")), out_specs=spec)
+    return write(cache.k_BSGK, k_BTGK, lengths_B), write(cache.v_BSGK, v_BTGK, lengths_B)

@@ -1,0 +1,77 @@
+"""One transformer layer, and a stack of equal ones run by a scan under a remat policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maxlm.models.attention import Attention, Context, LayerCache
+from maxlm.models.config import ModelConfig, RematConfig
+from maxlm.models.layers import Initializer, model_norm
+from maxlm.models.mlp import MLP
+from maxlm.parallel.axes import ACTIVATIONS
+
+
+class Block(nnx.Module):
+    """A pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, init: Initializer):
+        self.attention_norm = model_norm(config, init.at("attention_norm"))
+        self.attention = Attention(config, dtype, init.at("attention"))
+        self.mlp_norm = model_norm(config, init.at("mlp_norm"))
+        self.mlp = MLP(config, dtype, init.at("mlp"))
+
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
+        """The residual stream after the layer, and the layer's cache."""
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD), context, cache)
+        x_BTD = x_BTD + y_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD), context), cache
+
+
+def run_stack(
+    block: Block, x_BTD: jax.Array, context: Context, cache: LayerCache | None, remat: RematConfig
+) -> tuple[jax.Array, LayerCache | None]:
+    """Runs a block whose parameters (and cache) are stacked over layers, one layer at a time.
+
+    A scan, so that neither the program nor its compilation grows with depth.
+    """
+    graph, stacked = nnx.split(block)
+
+    def layer(x_BTD, inputs):
+        params, layer_cache = inputs
+        return nnx.merge(graph, params)(x_BTD, context, layer_cache)
+
+    if cache is None:
+        # `prevent_cse` guards against XLA merging the recomputation with the forward pass; a scan already does.
+        layer = jax.checkpoint(layer, policy=remat_policy(remat), prevent_cse=False)
+    return jax.lax.scan(layer, x_BTD, (stacked, cache))
+
+
+def remat_policy(remat: RematConfig) -> Callable[..., bool]:
+    """The policy for `jax.checkpoint`. Gathered and cast weights are never kept, whatever the policy: kept, they would
+    be a second, whole copy of the model on every device."""
+    policies = jax.checkpoint_policies
+    keep = {
+        "none": policies.everything_saveable,
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "names": policies.save_only_these_names(*remat.names),
+    }[remat.policy]
+    batch_axes = set(ACTIVATIONS["batch"])
+
+    def policy(primitive: Any, *inputs: Any, **params: Any) -> bool:
+        if primitive.name == "convert_element_type":
+            return False
+        if primitive.name == "reshard" and not batch_axes & _axes_in(params["dst_sharding"].spec):
+            return False
+        return keep(primitive, *inputs, **params)
+
+    return policy
+
+
+def _axes_in(spec: jax.sharding.PartitionSpec) -> set[str]:
+    return {axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)}

@@ -1,0 +1,63 @@
+"""Parameters and FLOPs, counted once: metrics, the planner and the scaling laws all read this file.
+
+Conventions: a multiply-add is 2 FLOPs; only matmuls count; attention counts the pairs of positions that the mask leaves;
+the backward pass is twice the forward; recomputation (remat) is not model FLOPs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from maxlm.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model, without the rows that pad the vocabulary."""
+
+    total: int
+    embedding: int
+    """token and position vectors, and an untied head (Kaplan et al., arXiv:2001.08361, leave these out of N)"""
+
+    @property
+    def non_embedding(self) -> int:
+        """All but the embeddings and the head."""
+        return self.total - self.embedding
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Counts the parameters of a model with its true vocabulary."""
+    c, norm = config, (2 if config.norm == "layer" else 1) * config.d_model
+    attention = _attention_matmul_parameters(c)
+    attention += (c.n_heads + 2 * c.kv_heads) * c.head_width * c.attention_bias + c.d_model * c.attention_out_bias
+    attention += 2 * c.head_width * c.qk_norm
+    mlp = _mlp_matmul_parameters(c) + c.mlp_bias * ((1 + c.gated) * c.d_ff + c.d_model)
+    embedding = c.vocab_size * c.d_model * (1 if c.tied_embeddings else 2)
+    if c.positions == "learned":
+        embedding += c.max_seq_len * c.d_model
+    return ParameterCount(total=c.n_layers * (attention + mlp + 2 * norm) + norm + embedding, embedding=embedding)
+
+
+def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Matmul FLOPs of the forward pass for one token of a full causal row of `seq_len`, the head included.
+
+    Position t attends to t + 1 positions, (seq_len + 1) / 2 on average; scores and values take 2 FLOPs each for every
+    pair, head and channel.
+    """
+    c = config
+    matmuls = c.n_layers * (_attention_matmul_parameters(c) + _mlp_matmul_parameters(c)) + c.vocab_size * c.d_model
+    attention = c.n_layers * 4 * c.n_heads * c.head_width * (seq_len + 1) / 2
+    return 2 * matmuls + attention
+
+
+def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Model FLOPs of forward and backward for one token: three times the forward's."""
+    return 3 * forward_flops_per_token(config, seq_len)
+
+
+def _attention_matmul_parameters(c: ModelConfig) -> int:
+    return c.d_model * c.head_width * (2 * c.n_heads + 2 * c.kv_heads)
+
+
+def _mlp_matmul_parameters(c: ModelConfig) -> int:
+    return (3 if c.gated else 2) * c.d_model * c.d_ff

@@ -1,0 +1,63 @@
+"""The feed-forward block, gated (arXiv:2002.05202) or plain."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from maxlm.models.attention import Context
+from maxlm.models.config import ModelConfig
+from maxlm.models.layers import Initializer, use
+from maxlm.parallel.axes import activation_spec, constrain
+
+# GELU is the tanh form of GPT-2's code in every public checkpoint that these bricks reach.
+ACTIVATIONS = {
+    "swiglu": jax.nn.silu,
+    "geglu": partial(jax.nn.gelu, approximate=True),
+    "gelu": partial(jax.nn.gelu, approximate=True),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+class MLP(nnx.Module):
+    """Two matmuls around an activation, or three with a gate."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, init: Initializer):
+        self.config, self.dtype = config, dtype
+        d, f = config.d_model, config.d_ff
+        out_std = config.init_std / (2 * config.n_layers) ** 0.5 if config.residual_init_scaling else config.init_std
+        self.up = init.normal("up", (d, f), ("embed", "mlp"), config.init_std)
+        self.down = init.normal("down", (f, d), ("mlp", "embed"), out_std)
+        if config.gated:
+            self.gate = init.normal("gate", (d, f), ("embed", "mlp"), config.init_std)
+        if config.mlp_bias:
+            self.up_bias = init.full((f,), ("mlp",), 0.0)
+            self.down_bias = init.full((d,), ("norm",), 0.0)
+            if config.gated:
+                self.gate_bias = init.full((f,), ("mlp",), 0.0)
+
+    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        """The block's addition to the residual stream."""
+        x_BTD = constrain(x_BTD, "batch", "length", "embed")
+        activation = ACTIVATIONS[self.config.mlp]
+        up_BTF = jnp.einsum("btd,df->btf", x_BTD, use(self.up, self.dtype))
+        if self.config.mlp_bias:
+            up_BTF = up_BTF + use(self.up_bias, self.dtype)
+        up_BTF = checkpoint_name(up_BTF, "mlp_up")
+        if self.config.gated:
+            gate_BTF = jnp.einsum("btd,df->btf", x_BTD, use(self.gate, self.dtype))
+            if self.config.mlp_bias:
+                gate_BTF = gate_BTF + use(self.gate_bias, self.dtype)
+            hidden_BTF = activation(checkpoint_name(gate_BTF, "mlp_gate")) * up_BTF
+        else:
+            hidden_BTF = activation(up_BTF)
+        y_BTD = jnp.einsum(
+            "btf,fd->btd", hidden_BTF, use(self.down, self.dtype), out_sharding=activation_spec(*context.residual)
+        )
+        if self.config.mlp_bias:
+            y_BTD = y_BTD + use(self.down_bias, self.dtype)
+        return checkpoint_name(y_BTD, "mlp_out")

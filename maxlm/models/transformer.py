@@ -1,0 +1,136 @@
+"""The transformer: embeddings, a stack of layers, a head; and `Model`, its functional form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maxlm.kernels.embedding import embed
+from maxlm.models.attention import Context, LayerCache
+from maxlm.models.block import Block, run_stack
+from maxlm.models.config import ModelConfig, PrecisionConfig
+from maxlm.models.layers import Initializer, model_norm, use
+from maxlm.models.positions import rope_angles
+from maxlm.parallel.axes import activation_spec, weight_spec
+
+Params = dict[str, Any]
+
+
+class Embedding(nnx.Module):
+    """Token vectors, and position vectors where positions are learned."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, init: Initializer):
+        self.dtype = dtype
+        self.tokens = init.normal("tokens", (config.padded_vocab_size, config.d_model), ("vocab", "embed"), config.init_std)
+        if config.positions == "learned":
+            shape = (config.max_seq_len, config.d_model)
+            self.positions = init.normal("positions", shape, ("positions", "embed"), config.init_std)
+
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, context: Context) -> jax.Array:
+        """Vectors `[B, T, D]` in the compute format, as the residual stream is sharded."""
+        _, length_axis, _ = context.residual
+        x_BTD = embed(use(self.tokens, self.dtype), tokens_BT, length_axis=length_axis)
+        if hasattr(self, "positions"):
+            table = use(self.positions, self.dtype)
+            x_BTD = x_BTD + table.at[positions_BT].get(out_sharding=activation_spec(*context.residual))
+        return x_BTD
+
+
+class Head(nnx.Module):
+    """The output projection, of its own where embeddings are not tied."""
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        shape = (config.padded_vocab_size, config.d_model)
+        self.kernel = init.normal("kernel", shape, ("vocab", "embed"), config.init_std)
+
+
+class Transformer(nnx.Module):
+    """A decoder-only transformer. It ends at the last norm; `head_weight` and the loss kernels make logits of that,
+    a chunk at a time."""
+
+    def __init__(self, config: ModelConfig, precision: PrecisionConfig, key: jax.Array):
+        self.config, self.dtype = config, jnp.dtype(precision.compute)
+        init = Initializer(key, jnp.dtype(precision.parameters))
+        self.embedding = Embedding(config, self.dtype, init.at("embedding"))
+        self.decoder = nnx.Dict({"0": Block(config, self.dtype, init.at("decoder/0", layers=config.n_layers))})
+        self.final_norm = model_norm(config, init.at("final_norm"))
+        if not config.tied_embeddings:
+            self.head = Head(config, init.at("head"))
+
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+        """The normed residual stream `[B, T, D]`; a token attends to earlier ones of its own segment."""
+        return self._forward(tokens_BT, positions_BT, segments_BT, None, None)[0]
+
+    def decode(self, tokens_BT: jax.Array, cache: LayerCache, lengths_B: jax.Array) -> tuple[jax.Array, LayerCache]:
+        """The same for tokens that follow `lengths_B` cached ones in each row, and the cache with them written."""
+        positions_BT = lengths_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=lengths_B.dtype)[None, :]
+        return self._forward(tokens_BT, positions_BT, None, cache, lengths_B)
+
+    def head_weight(self) -> jax.Array:
+        """The output projection `[V, D]` in the compute format, gathered where it was stored in pieces."""
+        return use(self.embedding.tokens if self.config.tied_embeddings else self.head.kernel, self.dtype)
+
+    def _forward(self, tokens_BT, positions_BT, segments_BT, cache, lengths_B):
+        rope = None
+        if self.config.positions == "rope":
+            rope = rope_angles(positions_BT, self.config.head_width, self.config.rope_theta)
+        context = Context(rope, segments_BT, lengths_B)
+        x_BTD = self.embedding(tokens_BT, positions_BT, context)
+        x_BTD, cache = run_stack(self.decoder["0"], x_BTD, context, cache, self.config.remat)
+        return self.final_norm(x_BTD), cache
+
+
+@dataclass(frozen=True)
+class Model:
+    """A transformer as pure functions of a parameter tree: a nested dict of arrays with string keys.
+
+    Every method needs a mesh: `with jax.set_mesh(mesh)`.
+    """
+
+    config: ModelConfig
+    precision: PrecisionConfig
+
+    @cached_property
+    def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
+        return nnx.split(nnx.eval_shape(lambda: Transformer(self.config, self.precision, jax.random.key(0))))
+
+    def init(self, key: jax.Array) -> Params:
+        """New parameters; the same for the same key on every mesh. To be jitted."""
+        return nnx.to_pure_dict(nnx.split(Transformer(self.config, self.precision, key))[1])
+
+    def bind(self, params: Params) -> Transformer:
+        """The module that holds these parameters."""
+        return nnx.merge(self._split[0], params)
+
+    def logical_axes(self) -> Params:
+        """The parameter tree with each array's logical axes in its place, as tuples."""
+
+        def axes_of(param: nnx.Param):
+            logical = param.get_metadata("axes")
+            return ("layers", *logical) if param.get_metadata("stacked") else logical
+
+        is_param = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+        return nnx.to_pure_dict(jax.tree.map(axes_of, self._split[1], is_leaf=is_param))
+
+    def abstract_params(self, mesh: jax.sharding.Mesh, *, shard_over_data: bool = False) -> Params:
+        """The parameter tree as shapes, formats and shardings."""
+
+        def place(logical, shape):
+            spec = weight_spec(logical, shard_over_data=shard_over_data)
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+        shapes = nnx.to_pure_dict(self._split[1])
+        return jax.tree.map(place, self.logical_axes(), shapes, is_leaf=lambda node: isinstance(node, tuple))
+
+    def empty_cache(self, batch: int, length: int) -> LayerCache:
+        """A key-value cache for `batch` rows of up to `length` positions, zeros, in the compute format."""
+        c = self.config
+        shape = (c.n_layers, batch, length, c.kv_heads, c.head_width)
+        spec = activation_spec(None, "batch", "length", "kv_heads", "head_dim")
+        zeros = jnp.zeros(shape, jnp.dtype(self.precision.compute), out_sharding=spec)
+        return LayerCache(zeros, zeros)
