@@ -1,0 +1,1 @@
+"""The training step, its state, optimizer, schedule and metrics."""

@@ -1,0 +1,29 @@
+"""AdamW over a parameter tree, with weight decay on matrices alone."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+from maxlm.models.transformer import Params
+from maxlm.training.config import OptimizerConfig
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """AdamW without its learning rate: updates are to be multiplied by -learning_rate (see `step.py`).
+
+    Clipping is the step's, which needs the norm of the gradient for its own ends too.
+    """
+    return optax.chain(
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, config.no_decay)),
+    )
+
+
+def decay_mask(params: Params, no_decay: tuple[str, ...]) -> Params:
+    """True for each parameter that decays: those with none of the words in a part of their path."""
+
+    def decays(path, _) -> bool:
+        return not any(word in str(part.key) for part in path for word in no_decay)
+
+    return jax.tree_util.tree_map_with_path(decays, params)

@@ -1,0 +1,126 @@
+"""One optimizer step as a pure function of state and batch. `train` runs it, `plan` compiles it, tests compare it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maxlm.models.config import LossConfig
+from maxlm.models.losses import Batch, next_token_loss
+from maxlm.models.transformer import Model, Params
+from maxlm.parallel.axes import activation_spec
+from maxlm.training.config import OptimizerConfig, SpikeConfig, TrainConfig
+from maxlm.training.schedule import Schedule
+from maxlm.training.state import Guard, Placement, TrainState, reshard_tree
+
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    placement: Placement,
+    train: TrainConfig,
+    optimizer_config: OptimizerConfig,
+    loss_config: LossConfig,
+) -> TrainStep:
+    """Builds `train_step(state, batch) -> (state, metrics)`, pure, to be jitted with the state donated.
+
+    The loss is the mean over the batch's weighted targets, whatever the number of microbatches. A step whose loss or
+    gradient norm is not finite or leaps (`SpikeConfig`) leaves parameters, optimizer and guard as they were, is counted,
+    and costs no host round trip. Metrics: loss (with z-loss), nll (without), grad_norm, learning_rate, skipped_steps.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        (loss, nll), grads = accumulated_gradients(model, state.params, batch, loss_config, train.accumulation)
+        grads = reshard_tree(grads, placement.optimizer)
+        grad_norm = global_norm(grads)
+        accept = acceptable(state.guard, loss, grad_norm, train.spike)
+        if optimizer_config.clip_norm is not None:
+            scale = jnp.minimum(1.0, optimizer_config.clip_norm / (grad_norm + 1e-6))
+            grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+        learning_rate = schedule(state.step)
+        params = reshard_tree(state.params, placement.optimizer)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        params = jax.tree.map(lambda p, u: (p - learning_rate * u).astype(p.dtype), params, updates)
+        params = reshard_tree(params, placement.params)
+        params, opt_state = select(accept, (params, opt_state), (state.params, state.opt_state))
+        guard = remember(state.guard, accept, loss, grad_norm)
+        metrics = {
+            "loss": loss,
+            "nll": nll,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "skipped_steps": guard.skipped,
+        }
+        return TrainState(params=params, opt_state=opt_state, step=state.step + 1, guard=guard), metrics
+
+    return train_step
+
+
+def accumulated_gradients(
+    model: Model, params: Params, batch: Batch, loss_config: LossConfig, accumulation: int
+) -> tuple[tuple[jax.Array, jax.Array], Params]:
+    """((loss, nll), gradients): means over the batch's weighted targets, one microbatch at a time in float32 sums.
+
+    Microbatch i takes every accumulation-th row, so that each device cuts its own rows and none travel.
+    """
+    targets = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+
+    def mean_loss(params: Params, micro: Batch):
+        total, parts = next_token_loss(model, params, micro, loss_config)
+        return total / targets, parts["nll_sum"] / targets
+
+    value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
+    if accumulation == 1:
+        return value_and_grad(params, batch)
+
+    def split(x):
+        rows = (x.shape[0] // accumulation, accumulation, *x.shape[1:])
+        x = x.reshape(rows, out_sharding=activation_spec("batch", None, *(None,) * (x.ndim - 1)))
+        return jnp.swapaxes(x, 0, 1)
+
+    def add(total, micro):
+        return jax.tree.map(jnp.add, total, value_and_grad(params, micro)), None
+
+    zeros = (jnp.zeros(()), jnp.zeros(())), jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+    return jax.lax.scan(add, zeros, jax.tree.map(split, batch))[0]
+
+
+def global_norm(tree: Params) -> jax.Array:
+    """The 2-norm over all arrays of a tree together, float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
+
+
+def acceptable(guard: Guard, loss: jax.Array, grad_norm: jax.Array, spike: SpikeConfig) -> jax.Array:
+    """Whether a step is finite and, once the rings are full, within `sigmas` of the recent mean from above."""
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    if spike.sigmas is None:
+        return finite
+
+    def leaps(value: jax.Array, ring: jax.Array) -> jax.Array:
+        return value > jnp.mean(ring) + spike.sigmas * jnp.std(ring)
+
+    full = guard.accepted >= guard.losses.shape[0]
+    return finite & ~(full & (leaps(loss, guard.losses) | leaps(grad_norm, guard.grad_norms)))
+
+
+def remember(guard: Guard, accept: jax.Array, loss: jax.Array, grad_norm: jax.Array) -> Guard:
+    """The guard after a step: an accepted one enters the rings in place of the oldest, a skipped one is counted."""
+    here = (jnp.arange(guard.losses.shape[0]) == guard.accepted % guard.losses.shape[0]) & accept
+    return Guard(
+        losses=jnp.where(here, loss, guard.losses),
+        grad_norms=jnp.where(here, grad_norm, guard.grad_norms),
+        accepted=guard.accepted + accept.astype(jnp.int32),
+        skipped=guard.skipped + (~accept).astype(jnp.int32),
+    )
+
+
+def select(condition: jax.Array, new, old):
+    """`new` where the condition holds, else `old`, array by array."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
