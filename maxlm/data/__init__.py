@@ -1,0 +1,1 @@
+"""Text in, batches out: tokenizers, sources of documents, the token store, and the loader."""
