@@ -1,0 +1,86 @@
+"""What cannot go together, with the reason. A pair that is not refused here is tested.
+
+`check` looks at a config alone, before any device work; `check_mesh` once the axis sizes are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from maxlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from maxlm.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A setting, or a pair of them, that is refused."""
+
+    feature: str
+    reason: str
+    applies: Callable[[RunConfig], bool]
+    remedy: str
+
+
+REFUSALS = (
+    Refusal(
+        "mesh.pipeline > 1",
+        "layers are not yet split into stages",
+        lambda config: config.mesh.pipeline != 1,
+        "set mesh.pipeline=1 and use mesh.fsdp or mesh.tensor",
+    ),
+    Refusal(
+        "mesh.expert > 1",
+        "there are no experts to spread: the model is dense",
+        lambda config: config.mesh.expert != 1,
+        "set mesh.expert=1",
+    ),
+    Refusal(
+        "mesh.context > 1",
+        "attention over pieces of a sequence is not there yet",
+        lambda config: config.mesh.context != 1,
+        "set mesh.context=1; mesh.tensor shards the residual stream by sequence",
+    ),
+)
+
+
+def check(config: RunConfig) -> None:
+    """Raises ConfigError with every refusal that applies to the config."""
+    problems = [f"{r.feature} is refused: {r.reason}; {r.remedy}" for r in REFUSALS if r.applies(config)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def check_mesh(config: RunConfig, sizes: dict[str, int]) -> None:
+    """Raises ConfigError for every size of the model or the batch that the mesh does not divide, naming both keys."""
+    model, tensor, data, fsdp = config.model, sizes["tensor"], sizes["data"], sizes["fsdp"]
+    storage = fsdp * (data if config.mesh.zero else 1)
+    storage_keys = "mesh.data x mesh.fsdp (mesh.zero > 0)" if config.mesh.zero else "mesh.fsdp"
+    rows = config.train.global_batch_tokens // config.data.seq_len
+    needs = (
+        ("model.d_model", model.d_model, storage_keys, storage),
+        ("model.n_heads", model.n_heads, "mesh.tensor", tensor),
+        ("model.n_kv_heads", model.kv_heads, "mesh.tensor", tensor),
+        ("model.d_ff", model.d_ff, "mesh.tensor", tensor),
+        ("the padded vocabulary of model.vocab_size", model.padded_vocab_size, "mesh.tensor", tensor),
+        ("data.seq_len", config.data.seq_len, "mesh.tensor", tensor),
+        (
+            "the rows of a microbatch (train.global_batch_tokens / data.seq_len / train.accumulation)",
+            rows // config.train.accumulation,
+            "mesh.data x mesh.fsdp",
+            data * fsdp,
+        ),
+    )
+    problems = [
+        f"{what} = {value} is not a multiple of {axis} = {size}" for what, value, axis, size in needs if value % size
+    ]
+    if problems:
+        raise ConfigError("the mesh does not divide the model or the batch:\n" + "\n".join(problems))
+
+
+def table() -> list[dict[str, str]]:
+    """The refusals as rows, for `maxlm config --support`."""
+    return [{"refused": r.feature, "because": r.reason, "instead": r.remedy} for r in REFUSALS]
