@@ -59,16 +59,16 @@ def check_mesh(config: RunConfig, sizes: dict[str, int]) -> None:
     model, tensor, data, fsdp = config.model, sizes["tensor"], sizes["data"], sizes["fsdp"]
     storage = fsdp * (data if config.mesh.zero else 1)
     storage_keys = "mesh.data x mesh.fsdp (mesh.zero > 0)" if config.mesh.zero else "mesh.fsdp"
-    rows = config.train.global_batch_tokens // config.data.seq_len
+    rows = config.train.global_batch_tokens // config.train.seq_len
     needs = (
         ("model.d_model", model.d_model, storage_keys, storage),
         ("model.n_heads", model.n_heads, "mesh.tensor", tensor),
         ("model.n_kv_heads", model.kv_heads, "mesh.tensor", tensor),
         ("model.d_ff", model.d_ff, "mesh.tensor", tensor),
         ("the padded vocabulary of model.vocab_size", model.padded_vocab_size, "mesh.tensor", tensor),
-        ("data.seq_len", config.data.seq_len, "mesh.tensor", tensor),
+        ("train.seq_len", config.train.seq_len, "mesh.tensor", tensor),
         (
-            "the rows of a microbatch (train.global_batch_tokens / data.seq_len / train.accumulation)",
+            "the rows of a microbatch (train.global_batch_tokens / train.seq_len / train.accumulation)",
             rows // config.train.accumulation,
             "mesh.data x mesh.fsdp",
             data * fsdp,

@@ -22,6 +22,7 @@ class TrainConfig(Section):
     """The length of the run and the batch of a step."""
 
     steps: int = key(..., "optimizer steps of the whole run", unit="steps", ge=1)
+    seq_len: int = key(..., "tokens of a row; documents are packed into rows", unit="tokens", ge=1)
     global_batch_tokens: int = key(..., "tokens of one optimizer step over all devices", unit="tokens", ge=1)
     accumulation: int = key(1, "microbatches that a step's batch is cut into, one after the other", ge=1)
     seed: int = key(0, "seed of the initial weights and of the order of the data", ge=0)
