@@ -1,0 +1,256 @@
+"""The chips that maxlm knows: what each can do at most, and who says so.
+
+A peak is the dense rate (no structured sparsity) of the matrix units, since MFU is model FLOP/s over it. TPU figures
+are Google Cloud's pages, a chip; NVIDIA's data sheets give tensor-core rates with 2:4 sparsity, which are halved here.
+A CPU has no such sheet: its peak is measured, see `measure_matmul_flops`.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+GB = 10**9
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One accelerator chip. Rates are of the whole chip, also where JAX shows it as several devices."""
+
+    name: str
+    platform: str
+    """JAX's name of the platform: `tpu` or `gpu`."""
+    device_kinds: tuple[str, ...]
+    """What `device.device_kind` says for it, exactly: an H100 PCIe or a MIG slice is another chip with other peaks."""
+    peak_flops: Mapping[str, float]
+    """Dense FLOP/s by dtype: `bfloat16`, `float8`, `tensorfloat32`, `float32`. What is not published is not here."""
+    hbm_bytes: int
+    hbm_bytes_per_s: float
+    ici_bytes_per_s: float
+    """ICI (TPU) or NVLink (GPU) of a chip: all links, both directions added, as both vendors give it."""
+    dcn_bytes_per_s: float | None
+    """Network between slices or hosts, one direction, a chip's share; None where it is not published."""
+    source: str
+    torus_axes: int = 0
+    """Axes of the ICI torus; 0 for a switched network (NVLink)."""
+    devices_per_chip: int = 1
+
+    @property
+    def ici_bytes_per_s_per_axis(self) -> float | None:
+        """What a chip sends along one torus axis with wraparound: two links, each half of its both-ways figure.
+
+        Halve it on an axis without wraparound, where a ring must run back over the same links. None for a GPU.
+        """
+        return self.ici_bytes_per_s / (2 * self.torus_axes) if self.torus_axes else None
+
+
+TPU_PAGES = "https://docs.cloud.google.com/tpu/docs/"
+H100_WHITE_PAPER = "NVIDIA H100 Tensor Core GPU Architecture, v1.04, table 3"
+
+# The kinds are those of jax/_src/pallas/mosaic/tpu_info.py for TPUs, and CUDA's device names for GPUs.
+CHIPS: tuple[Chip, ...] = (
+    Chip(
+        name="v4",
+        platform="tpu",
+        device_kinds=("TPU v4",),
+        peak_flops={"bfloat16": 275e12},
+        hbm_bytes=32 * GIB,
+        hbm_bytes_per_s=1.2e12,
+        ici_bytes_per_s=600e9,  # 6 links of 50 GB/s each way
+        dcn_bytes_per_s=None,
+        torus_axes=3,
+        source=TPU_PAGES + "v4; ICI: Jouppi et al. 2023, arXiv:2304.01433, table 4",
+    ),
+    Chip(
+        name="v5e",
+        platform="tpu",
+        device_kinds=("TPU v5 lite", "TPU v5e"),
+        peak_flops={"bfloat16": 197e12},
+        hbm_bytes=16 * GB,
+        hbm_bytes_per_s=819e9,
+        ici_bytes_per_s=400e9,
+        dcn_bytes_per_s=6.4e12 / 8 / 256,  # 6.4 Tb/s a pod of 256 chips
+        torus_axes=2,
+        source=TPU_PAGES + "v5e",
+    ),
+    Chip(
+        name="v5p",
+        platform="tpu",
+        device_kinds=("TPU v5", "TPU v5p"),
+        peak_flops={"bfloat16": 459e12, "float8": 459e12},
+        hbm_bytes=95 * GIB,
+        hbm_bytes_per_s=2765e9,
+        ici_bytes_per_s=1200e9,
+        dcn_bytes_per_s=50e9 / 8,
+        torus_axes=3,
+        source=TPU_PAGES + "v5p and " + TPU_PAGES + "tpu7x (fp8, GiB, DCN)",
+    ),
+    Chip(
+        name="v6e",
+        platform="tpu",
+        device_kinds=("TPU v6 lite", "TPU v6e"),
+        peak_flops={"bfloat16": 918e12, "float8": 918e12},
+        hbm_bytes=32 * GB,
+        hbm_bytes_per_s=1638e9,
+        ici_bytes_per_s=800e9,
+        dcn_bytes_per_s=100e9 / 8,
+        torus_axes=2,
+        source=TPU_PAGES + "v6e and " + TPU_PAGES + "tpu7x (fp8, DCN)",
+    ),
+    Chip(
+        name="tpu7x",
+        platform="tpu",
+        device_kinds=("TPU7x",),
+        peak_flops={"bfloat16": 2307e12, "float8": 4614e12},
+        hbm_bytes=192 * GIB,
+        hbm_bytes_per_s=7380e9,
+        ici_bytes_per_s=1200e9,
+        dcn_bytes_per_s=100e9 / 8,
+        torus_axes=3,
+        devices_per_chip=2,  # "lets you access two TPU devices instead of the single logical core"
+        source=TPU_PAGES + "tpu7x",
+    ),
+    Chip(
+        name="A100-40GB",
+        platform="gpu",
+        device_kinds=("NVIDIA A100-SXM4-40GB",),
+        peak_flops={"bfloat16": 312e12, "tensorfloat32": 156e12, "float32": 19.5e12},
+        hbm_bytes=40 * GB,
+        hbm_bytes_per_s=1555e9,
+        ici_bytes_per_s=600e9,
+        dcn_bytes_per_s=200e9 / 8,  # DGX A100 data sheet: one 200 Gb/s adapter a GPU
+        source="NVIDIA A100 Tensor Core GPU data sheet (SXM); DGX A100 data sheet (network)",
+    ),
+    Chip(
+        name="A100-80GB",
+        platform="gpu",
+        device_kinds=("NVIDIA A100-SXM4-80GB",),
+        peak_flops={"bfloat16": 312e12, "tensorfloat32": 156e12, "float32": 19.5e12},
+        hbm_bytes=80 * GB,
+        hbm_bytes_per_s=2039e9,
+        ici_bytes_per_s=600e9,
+        dcn_bytes_per_s=200e9 / 8,
+        source="NVIDIA A100 Tensor Core GPU data sheet (SXM); DGX A100 data sheet (network)",
+    ),
+    Chip(
+        name="H100",
+        platform="gpu",
+        device_kinds=("NVIDIA H100 80GB HBM3",),
+        peak_flops={"bfloat16": 989.4e12, "float8": 1978.9e12, "tensorfloat32": 494.7e12, "float32": 66.9e12},
+        hbm_bytes=80 * GB,
+        hbm_bytes_per_s=3.35e12,
+        ici_bytes_per_s=900e9,
+        dcn_bytes_per_s=400e9 / 8,  # DGX H100 data sheet: one 400 Gb/s adapter a GPU
+        source=H100_WHITE_PAPER + " (SXM5); H100 data sheet (HBM, NVLink); DGX H100 data sheet (network)",
+    ),
+    Chip(
+        name="H200",
+        platform="gpu",
+        device_kinds=("NVIDIA H200",),
+        peak_flops={"bfloat16": 989.4e12, "float8": 1978.9e12, "tensorfloat32": 494.7e12, "float32": 66.9e12},
+        hbm_bytes=141 * GB,
+        hbm_bytes_per_s=4.8e12,
+        ici_bytes_per_s=900e9,
+        dcn_bytes_per_s=400e9 / 8,
+        source="NVIDIA H200 data sheet (SXM: the H100's compute); "
+        + H100_WHITE_PAPER
+        + "; DGX H200 data sheet (network)",
+    ),
+    Chip(
+        name="B200",
+        platform="gpu",
+        device_kinds=("NVIDIA B200",),
+        peak_flops={"bfloat16": 2250e12, "float8": 4500e12, "tensorfloat32": 1100e12, "float32": 80e12},
+        hbm_bytes=180 * GB,  # 1,440 GB a system of 8; 192 GB, often quoted, is what the package carries
+        hbm_bytes_per_s=8e12,
+        ici_bytes_per_s=1800e9,
+        dcn_bytes_per_s=400e9 / 8,
+        source="NVIDIA Blackwell Architecture Technical Brief (HGX B200, 1 kW); DGX B200 data sheet (memory, network)",
+    ),
+)
+
+_CHIP_BY_KIND = {kind: chip for chip in CHIPS for kind in chip.device_kinds}
+
+
+def chip_of(device: Any) -> Chip | None:
+    """The chip of a JAX device (or of any object with its `device_kind`), or None if it is not in the table."""
+    return _CHIP_BY_KIND.get(device.device_kind)
+
+
+def peak_flops_per_device(devices: Sequence[Any], dtype: str) -> tuple[float | None, str]:
+    """The FLOP/s that MFU is counted against, a JAX device, and a sentence that says where it comes from.
+
+    Args:
+        devices: the devices of the mesh, all of one kind. A CPU's peak is measured (about 0.3 s), see below.
+        dtype: what the matrix products are computed in: `bfloat16`, `float32` or `float8`.
+
+    Returns:
+        None in place of the peak where none is known; then there is no MFU, and the sentence says why. All simulated
+        devices of a process share its cores, so that each has its part of the measured rate.
+    """
+    kind = devices[0].device_kind
+    if devices[0].platform == "cpu":
+        if dtype not in ("bfloat16", "float32"):
+            return None, f"a CPU's {dtype} peak is not measured, so there is no MFU"
+        local = [device for device in devices if device.process_index == devices[0].client.process_index()]
+        n_sharing = max(len(local), 1)
+        peak = measure_matmul_flops((local or list(devices))[0], dtype) / n_sharing
+        shared = f", its cores shared by {n_sharing} simulated devices" if n_sharing > 1 else ""
+        return peak, f"{_flops(peak)} a device: the measured matmul peak of this CPU in {dtype}{shared}"
+    chip = chip_of(devices[0])
+    if chip is None:
+        return None, f"no peak is known for {kind!r}, so there is no MFU"
+    rate_of = _rate_name(chip, dtype)
+    if rate_of not in chip.peak_flops:
+        return None, f"no {dtype} peak of {chip.name} is published, so there is no MFU"
+    peak = chip.peak_flops[rate_of] / chip.devices_per_chip
+    part = f" (one of {chip.devices_per_chip} devices of a chip)" if chip.devices_per_chip > 1 else ""
+    return peak, f"{_flops(peak)} a device{part}: the dense {rate_of} peak of {chip.name}"
+
+
+def _rate_name(chip: Chip, dtype: str) -> str:
+    """Which published rate applies. On GPUs XLA computes float32 products in TF32 unless asked for more precision."""
+    if dtype != "float32" or "tensorfloat32" not in chip.peak_flops:
+        return dtype
+    import jax
+
+    return (
+        "float32"
+        if str(getattr(jax.config, "jax_default_matmul_precision", None)) in ("highest", "float32")
+        else "tensorfloat32"
+    )
+
+
+def _flops(rate: float) -> str:
+    return f"{rate / 1e12:,.1f} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:,.1f} GFLOP/s"
+
+
+def measure_matmul_flops(device: Any, dtype: str, *, seconds: float = 0.3) -> float:
+    """FLOP/s of a big square matrix product on `device`: the best of those that fit in `seconds`, at least three.
+
+    The best and not the mean, since it stands for what the machine could do; other load on it only takes away. The
+    side is chosen so that one product takes some milliseconds: long beside its dispatch, short beside the budget.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    multiply = jax.jit(jnp.matmul)
+    for side in (1024, 2048, 4096, 8192):
+        x = jax.device_put(jnp.ones((side, side), dtype), device)
+        multiply(x, x).block_until_ready()
+        best = _seconds_of(multiply, x)
+        if best > 5e-3:
+            break
+    deadline = time.perf_counter() + seconds
+    n_timed = 0
+    while n_timed < 3 or time.perf_counter() < deadline:
+        best = min(best, _seconds_of(multiply, x))
+        n_timed += 1
+    return 2 * side**3 / best
+
+
+def _seconds_of(multiply: Any, x: Any) -> float:
+    start = time.perf_counter()
+    multiply(x, x).block_until_ready()
+    return time.perf_counter() - start
