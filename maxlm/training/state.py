@@ -89,6 +89,8 @@ def abstract_state(
     shapes = jax.eval_shape(lambda: init_state(model, optimizer, placement, window, jax.random.key(0)))
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
+        # A constant made under no trace, such as a counter's zero, has no sharding of its own: it is replicated.
+        spec = x.sharding.spec if x.sharding is not None else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
 
     return jax.tree.map(place, shapes)

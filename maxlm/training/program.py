@@ -1,0 +1,87 @@
+"""The compiled heart of a run: its step, and the shapes that go in. `train` runs it, `plan` compiles it elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.models.losses import Batch
+from maxlm.models.transformer import Model
+from maxlm.parallel.axes import activation_spec
+from maxlm.training.optimizer import make_optimizer
+from maxlm.training.schedule import make_schedule
+from maxlm.training.state import Placement, TrainState, abstract_state, init_state
+from maxlm.training.step import TrainStep, make_train_step
+
+if TYPE_CHECKING:
+    from maxlm.config import RunConfig
+
+BATCH_ARRAYS = {
+    "inputs": jnp.int32,
+    "targets": jnp.int32,
+    "segments": jnp.int32,
+    "positions": jnp.int32,
+    "weights": jnp.float32,
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a config runs on a mesh, which must be the current one: `with jax.set_mesh(mesh)`."""
+
+    config: RunConfig
+    mesh: jax.sharding.Mesh
+
+    @cached_property
+    def model(self) -> Model:
+        """The model as pure functions."""
+        return Model(self.config.model, self.config.precision)
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of the global batch of a step."""
+        return self.config.train.global_batch_tokens // self.config.train.seq_len
+
+    @cached_property
+    def batch_sharding(self) -> jax.NamedSharding:
+        """How every array of a batch lies on the mesh."""
+        return jax.NamedSharding(self.mesh, activation_spec("batch", "length"))
+
+    def abstract_batch(self) -> Batch:
+        """A batch as shapes, formats and shardings."""
+        shape = (self.rows, self.config.train.seq_len)
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding) for name, dtype in BATCH_ARRAYS.items()
+        }
+
+    def abstract_state(self) -> TrainState:
+        """The state as shapes, formats and shardings."""
+        window = self.config.train.spike.window
+        return abstract_state(self.model, self._optimizer, self._placement, window, self.mesh)
+
+    def init_state(self) -> TrainState:
+        """A new state from the run's seed, made on the mesh."""
+        window, seed = self.config.train.spike.window, self.config.train.seed
+        init = jax.jit(lambda key: init_state(self.model, self._optimizer, self._placement, window, key))
+        return init(jax.random.key(seed))
+
+    def train_step(self) -> TrainStep:
+        """The step, jitted, with its state donated: the arrays that go in are overwritten by those that come out."""
+        config = self.config
+        schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.train.steps)
+        step = make_train_step(
+            self.model, self._optimizer, schedule, self._placement, config.train, config.optimizer, config.loss
+        )
+        return jax.jit(step, donate_argnums=0)
+
+    @cached_property
+    def _optimizer(self):
+        return make_optimizer(self.config.optimizer)
+
+    @cached_property
+    def _placement(self) -> Placement:
+        return Placement.of(self.model, self.config.mesh.zero)
