@@ -1,0 +1,48 @@
+# The two commands of a newcomer: `make quickstart` and `make test`. Both make the environment first.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin
+MAXLM = $(RUN)/maxlm
+QUICKSTART ?= runs/quickstart
+# More overrides for the quickstart, such as train.steps=50.
+SET ?=
+
+.PHONY: help install quickstart test test-fast test-slow lint types clean
+
+help:
+	@echo "make quickstart  make the environment and run the main job on real text (about 5 minutes on 2 cores)"
+	@echo "make test        make the environment and run the whole test suite"
+	@echo "make test-fast   the suite without the tests that start many processes"
+	@echo "make test-slow   the tests marked slow"
+	@echo "make lint        formatting and lint;  make types: the type checker"
+	@echo "PYTHON=python3.13 make ...  chooses the Python that the environment is made with"
+
+# The stamp is newer than pyproject.toml exactly when the environment holds what it asks for.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed
+
+quickstart: install
+	@MAXLM=$(MAXLM) bash launch/quickstart.sh $(QUICKSTART) $(SET)
+
+test: install
+	$(RUN)/python -m pytest -m "not slow"
+
+test-fast: install
+	$(RUN)/python -m pytest -m "not slow and not processes"
+
+test-slow: install
+	$(RUN)/python -m pytest -m slow
+
+lint: install
+	$(RUN)/ruff format --check .
+	$(RUN)/ruff check .
+
+types: install
+	$(RUN)/pyright --pythonpath $(RUN)/python
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache

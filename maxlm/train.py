@@ -1,0 +1,198 @@
+"""The run, top to bottom: config, mesh, data, state, step, loop, checkpoint."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import maxlm
+from maxlm.checkpoint import Checkpoints, RunLock
+from maxlm.config import RunConfig, check_resume, to_yaml
+from maxlm.data.loader import Loader, device_batches, process_rows
+from maxlm.evaluation.evaluate import Evaluator
+from maxlm.models.flops import count_parameters, training_flops_per_token
+from maxlm.models.losses import Batch
+from maxlm.parallel import distributed, support
+from maxlm.parallel.mesh import make_mesh
+from maxlm.planning.hardware import peak_flops_per_device
+from maxlm.training.metrics import Metrics, Profiler
+from maxlm.training.program import Program
+from maxlm.training.state import TrainState
+
+
+def train(config: RunConfig) -> None:
+    """Runs `config` to its last step, going on from the newest intact checkpoint of its folder where there is one.
+
+    On SIGTERM or SIGINT it saves and returns. Raises MaxlmError for what is the user's to mend.
+    """
+    started = time.perf_counter()
+    distributed.initialize(config.distributed)
+    mesh = make_mesh(config.mesh)
+    support.check_mesh(config, dict(mesh.shape))
+    run_dir = Path(config.run_dir)
+    with RunLock(run_dir), distributed.Signals() as signals, jax.set_mesh(mesh):
+        program = Program(config, mesh)
+        loader = Loader(
+            config.data, seq_len=config.train.seq_len, global_batch=program.rows, seed=config.train.seed, split="train"
+        )
+        checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint)
+        state, first = start(program, checkpoints, loader, config)
+        with make_metrics(program, run_dir, first) as metrics:
+            loop(program, state, first, loader, checkpoints, metrics, signals, started)
+
+
+def start(program: Program, checkpoints: Checkpoints, loader: Loader, config: RunConfig) -> tuple[TrainState, int]:
+    """The state to go on from and the number of steps already done: a checkpoint's, or a new run's and 0."""
+    run_dir = Path(config.run_dir)
+    if checkpoints.steps():
+        check_resume(checkpoints.read_config(), config)
+    restored = checkpoints.restore(program.abstract_state())
+    if restored is not None:
+        state, meta = restored
+        check_data(meta["data"], loader.fingerprint, run_dir)
+    else:
+        state, meta = program.init_state(), {"step": 0}
+    if distributed.is_main():
+        write_run_files(program, run_dir)
+    return state, meta["step"]
+
+
+def loop(
+    program: Program,
+    state: TrainState,
+    first: int,
+    loader: Loader,
+    checkpoints: Checkpoints,
+    metrics: Metrics,
+    signals: distributed.Signals,
+    started: float,
+) -> None:
+    """Steps `first + 1` to the last, with what is due between them: evaluation, checkpoints, a stop by signal."""
+    config, total = program.config, program.config.train.steps
+    if first >= total:
+        metrics.say(f"nothing to do: {config.run_dir} has done its {total:,} steps; raise train.steps to go on")
+        return
+    compiled = program.train_step().lower(program.abstract_state(), program.abstract_batch()).compile()
+    batches = training_batches(program, loader, first)
+    evaluate = RunEvaluation(program, loader)
+    profiler = Profiler(config.run_dir, config.profile)
+    metrics.mark()
+    for step in range(first + 1, total + 1):
+        waited = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - waited
+        profiler.before(step)
+        state, values = compiled(state, batch)
+        metrics.record(step, values, data_wait_seconds=waited)
+        profiler.after(step, values)
+        if step == first + 1:
+            metrics.say(f"first step dispatched {time.perf_counter() - started:.1f} s after the start")
+        stop = distributed.agree(signals.stop_requested)
+        eval_loss = None
+        if evaluate.due(step):
+            scores = evaluate(state.params)
+            metrics.record_eval(step, scores)
+            eval_loss = scores["eval_loss"]
+        if stop or step == total or step % config.checkpoint.every == 0:
+            metrics.flush()
+            checkpoints.save(
+                step, state, meta=run_meta(step, config, loader), config_yaml=to_yaml(config), metric=eval_loss
+            )
+            metrics.mark()
+        if stop:
+            break
+    profiler.close()
+    checkpoints.close()
+    if stop and step < total:
+        metrics.say(f"stopped after step {step:,} and saved; resume with: maxlm train {config.run_dir}/config.yaml")
+    else:
+        metrics.say(f"done: {total:,} steps, {total * config.train.global_batch_tokens:,} tokens, in {config.run_dir}")
+
+
+class RunEvaluation:
+    """When a run is evaluated, and on which batches."""
+
+    def __init__(self, program: Program, loader: Loader):
+        self.config, self.program, self.loader = program.config, program, loader
+        self.evaluator = Evaluator(program.model, program.config.loss)
+
+    def due(self, step: int) -> bool:
+        """Whether step `step` ends with an evaluation: at the end, and every so many steps, where there is held-out text."""
+        every = self.config.evaluation.every
+        return self.loader.has_heldout and (step == self.config.train.steps or bool(every and step % every == 0))
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        """The held-out scores of `params`."""
+        return self.evaluator(params, heldout_batches(self.program, self.loader))
+
+
+def training_batches(program: Program, loader: Loader, first: int) -> Iterator[Batch]:
+    """The batches of step first + 1 and on, on the mesh; every process reads the rows of its own devices alone."""
+    rows = process_rows(program.batch_sharding, program.rows)
+    return device_batches(loader.iterate(first, rows), program.batch_sharding, program.rows)
+
+
+def heldout_batches(program: Program, loader: Loader) -> Iterator[Batch]:
+    """The held-out windows in order, on the mesh."""
+    rows = process_rows(program.batch_sharding, program.rows)
+    batches = loader.eval_batches(rows, program.config.evaluation.max_batches)
+    return device_batches(batches, program.batch_sharding, program.rows)
+
+
+def make_metrics(program: Program, run_dir: Path, first: int) -> Metrics:
+    """The run's log, with what turns tokens a second into MFU."""
+    config = program.config
+    devices = program.mesh.devices.flatten().tolist()
+    peak, meaning = peak_flops_per_device(devices, config.precision.compute)
+    metrics = Metrics(
+        run_dir,
+        config.metrics,
+        tokens_per_step=config.train.global_batch_tokens,
+        model_flops_per_token=training_flops_per_token(config.model, config.train.seq_len),
+        peak_flops_per_device=peak,
+        n_devices=len(devices),
+        total_steps=config.train.steps,
+        resume_step=first,
+        main=distributed.is_main(),
+    )
+    metrics.say(f"MFU is model FLOP/s over the {meaning}")
+    return metrics
+
+
+def run_meta(step: int, config: RunConfig, loader: Loader) -> dict[str, Any]:
+    """What a checkpoint says beside its arrays."""
+    return {
+        "step": step,
+        "tokens": step * config.train.global_batch_tokens,
+        "data": loader.fingerprint,
+        "maxlm": maxlm.__version__,
+    }
+
+
+def write_run_files(program: Program, run_dir: Path) -> None:
+    """The resolved config, and what the run runs on, for whoever opens the folder later."""
+    parameters = count_parameters(program.config.model)
+    about = {
+        "command": sys.argv,
+        "n_params": parameters.total,
+        "n_params_nonembedding": parameters.non_embedding,
+        "devices": f"{program.mesh.size} x {program.mesh.devices.flat[0].device_kind}",
+        "mesh": {axis: size for axis, size in program.mesh.shape.items() if size > 1},
+        "processes": jax.process_count(),
+        "versions": {
+            "maxlm": maxlm.__version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")},
+        },
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    write_atomically(run_dir / "config.yaml", to_yaml(program.config))
+    write_atomically(run_dir / "run.json", json.dumps(about, indent=1) + "\n")

@@ -1,0 +1,66 @@
+"""Counts of parameters and FLOPs, against the arrays themselves, published sizes and the compiler."""
+
+import jax
+import numpy as np
+import pytest
+
+from maxlm.models.config import ModelConfig
+from maxlm.models.flops import count_parameters, forward_flops_per_token, training_flops_per_token
+from tests import tiny
+
+VARIANTS = {
+    "llama": tiny.LLAMA,
+    "gpt2": tiny.GPT2,
+    "gpt2 untied": {**tiny.GPT2, "tied_embeddings": False},
+    "llama with biases and qk-norm": {**tiny.LLAMA, "attention_bias": True, "mlp_bias": True, "qk_norm": True},
+    "wide heads, squared relu": {**tiny.LLAMA, "head_dim": 32, "n_kv_heads": 1, "mlp": "relu2"},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_counted_parameters_are_those_of_the_arrays(name):
+    run = tiny.config(model=VARIANTS[name])
+    program = tiny.program(run)
+    with jax.set_mesh(program.mesh):
+        params = program.abstract_state().params
+    padding = run.model.padded_vocab_size - run.model.vocab_size
+    padding *= run.model.d_model * (1 if run.model.tied_embeddings else 2)
+    assert count_parameters(run.model).total == sum(np.prod(x.shape) for x in jax.tree.leaves(params)) - padding
+
+
+@pytest.mark.parametrize(
+    ("published", "sizes"),
+    [
+        (8.03e9, {"vocab_size": 128256, "n_layers": 32, "d_model": 4096, "n_heads": 32, "n_kv_heads": 8, "d_ff": 14336}),
+        (70.6e9, {"vocab_size": 128256, "n_layers": 80, "d_model": 8192, "n_heads": 64, "n_kv_heads": 8, "d_ff": 28672}),
+        (124.4e6, {**tiny.GPT2, "vocab_size": 50257, "n_layers": 12, "d_model": 768, "n_heads": 12, "n_kv_heads": 12,
+                   "d_ff": 3072, "max_seq_len": 1024}),
+    ],
+    ids=["llama3-8b", "llama3-70b", "gpt2-124m"],
+)  # fmt: skip
+def test_counts_are_those_published(published, sizes):
+    assert count_parameters(ModelConfig(**sizes)).total == pytest.approx(published, rel=5e-3)
+
+
+def test_training_flops_are_six_a_matmul_parameter_and_the_causal_half_of_attention():
+    config = ModelConfig(**tiny.LLAMA)
+    matmul = count_parameters(config).non_embedding - (2 * config.n_layers + 1) * config.d_model
+    matmul += config.vocab_size * config.d_model
+    pairs = 32 * 33 / 2
+    attention = 12 * config.n_layers * config.n_heads * config.head_width * pairs / 32
+    assert training_flops_per_token(config, 32) == pytest.approx(6 * matmul + attention, rel=1e-12)
+
+
+def test_forward_flops_are_the_compilers_without_its_elementwise_ones():
+    run = tiny.config(
+        model={**tiny.LLAMA, "n_layers": 1, "d_model": 256, "d_ff": 1024, "n_heads": 4, "n_kv_heads": 4, "vocab_size": 1024},
+        train={"global_batch_tokens": 256},
+    )
+    program = tiny.program(run)
+    with jax.set_mesh(program.mesh):
+        forward = jax.jit(lambda params, batch: program.model.bind(params)(batch["inputs"], batch["positions"], None))
+        cost = forward.lower(program.abstract_state().params, program.abstract_batch()).compile().cost_analysis()
+    head = 2 * run.model.vocab_size * run.model.d_model
+    counted = 256 * (forward_flops_per_token(run.model, 32) - head)
+    # The compiler adds norms, activations and softmax, and computes the masked half of one 32-token tile.
+    assert counted <= cost["flops"] <= 1.06 * counted

@@ -1,0 +1,160 @@
+"""The brick transformer: packing, remat, precision, init and decoding, on one device and on a mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.models.losses import next_token_loss, token_negative_log_likelihoods
+from tests import tiny
+
+BRICKS = {
+    "llama": tiny.LLAMA,
+    "gpt2": tiny.GPT2,
+    "multi-query, soft-caps, qk-norm": {
+        **tiny.LLAMA, "n_kv_heads": 1, "attention_softcap": 20.0, "logit_softcap": 15.0, "qk_norm": True
+    },
+    "wide heads, geglu, biases": {**tiny.LLAMA, "head_dim": 32, "mlp": "geglu", "attention_bias": True, "mlp_bias": True},
+    "layer norm, squared relu, tied": {**tiny.LLAMA, "norm": "layer", "mlp": "relu2", "tied_embeddings": True},
+}  # fmt: skip
+MESHES = {
+    "data 8": {"data": 8, "fsdp": 1},
+    "fsdp 8": {"fsdp": 8},
+    "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+
+
+def loss_and_gradients(run, n_devices, batch):
+    program = tiny.program(run, n_devices)
+    with jax.set_mesh(program.mesh):
+        params = program.init_state().params
+        value_and_grad = jax.jit(
+            jax.value_and_grad(lambda params, batch: next_token_loss(program.model, params, batch, run.loss)[0])
+        )
+        return jax.device_get(value_and_grad(params, tiny.to_mesh(program, batch)))
+
+
+def assert_close(found, expected, rtol):
+    """Each array within `rtol` of the largest magnitude in it: float32 sums in another order differ by that much."""
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max() + 1e-30, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("bricks", BRICKS)
+def test_loss_and_gradients_agree_on_every_mesh(bricks):
+    runs = {name: tiny.config(model=BRICKS[bricks], mesh=mesh) for name, mesh in MESHES.items()}
+    # n_kv_heads = 1 cannot be cut in two, and is refused before it comes to this.
+    runs = {name: run for name, run in runs.items() if run.model.kv_heads % max(1, run.mesh.tensor) == 0}
+    one = tiny.config(model=BRICKS[bricks])
+    batch = tiny.host_batch(one, 0)
+    loss, grads = loss_and_gradients(one, 1, batch)
+    for run in runs.values():
+        mesh_loss, mesh_grads = loss_and_gradients(run, 8, batch)
+        assert mesh_loss == pytest.approx(loss, rel=1e-5)
+        assert_close(mesh_grads, grads, 1e-4)
+
+
+def test_init_is_bitwise_the_same_on_every_mesh():
+    expected = None
+    for mesh, devices in [({}, 1), *((mesh, 8) for mesh in MESHES.values()), ({"data": 8, "fsdp": 1, "zero": 3}, 8)]:
+        program = tiny.program(tiny.config(mesh=mesh), devices)
+        with jax.set_mesh(program.mesh):
+            params = jax.device_get(program.init_state().params)
+        expected = expected or params
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.parametrize("bricks", BRICKS)
+def test_a_documents_loss_alone_is_its_loss_inside_a_packed_row(bricks):
+    run = tiny.config(model=BRICKS[bricks])
+    program = tiny.program(run)
+    packed = tiny.host_batch(run, 3)
+    with jax.set_mesh(program.mesh):
+        params = program.init_state().params
+        losses = jax.jit(lambda batch: token_negative_log_likelihoods(program.model, params, batch, run.loss))
+        together = np.asarray(losses(tiny.to_mesh(program, packed)))
+        checked = 0
+        for row, segment in [(r, s) for r in range(6) for s in np.unique(packed["segments"][r])]:
+            here = packed["segments"][row] == segment
+            n = here.sum()
+            alone = {name: np.zeros_like(value) for name, value in packed.items()}
+            for name in ("inputs", "targets", "positions", "weights"):
+                alone[name][0, :n] = packed[name][row, here]
+            alone["segments"][0, :n] = 1
+            # float32 with other tile boundaries around the same keys
+            np.testing.assert_allclose(
+                np.asarray(losses(tiny.to_mesh(program, alone)))[0, :n], together[row, here], rtol=2e-5, atol=2e-5
+            )
+            checked += n
+    assert checked == 6 * run.train.seq_len
+
+
+@pytest.mark.parametrize("mesh", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["one device", "mesh"])
+def test_remat_policies_give_equal_gradients(mesh):
+    policies = [
+        {"policy": "none"},
+        {"policy": "full"},
+        {"policy": "dots"},
+        {"policy": "names", "names": ["q", "flash_out", "flash_lse", "mlp_up"]},
+    ]
+    batch = tiny.host_batch(tiny.config(), 0)
+    results = [
+        loss_and_gradients(tiny.config(model={**tiny.LLAMA, "remat": p}, mesh=mesh), 8 if mesh else 1, batch)
+        for p in policies
+    ]
+    for found in results[1:]:
+        assert found[0] == pytest.approx(results[0][0], rel=1e-6)
+        assert_close(found[1], results[0][1], 1e-5)
+
+
+def test_full_remat_keeps_less_than_none():
+    def temporaries(policy):
+        run = tiny.config(model={**tiny.LLAMA, "n_layers": 8, "remat": {"policy": policy}})
+        program = tiny.program(run)
+        with jax.set_mesh(program.mesh):
+            step = program.train_step().lower(program.abstract_state(), program.abstract_batch()).compile()
+        return step.memory_analysis().temp_size_in_bytes
+
+    assert temporaries("full") < 0.6 * temporaries("none")
+
+
+def test_gathered_weights_are_not_kept_for_the_backward_pass():
+    """FSDP's point: with every activation kept, whole layers of weights still are not."""
+    run = tiny.config(
+        model={**tiny.LLAMA, "n_layers": 16, "d_ff": 2048},
+        mesh={"fsdp": 8},
+        precision={"compute": "bfloat16"},
+        train={"global_batch_tokens": 256},
+    )
+    program = tiny.program(run, 8)
+    with jax.set_mesh(program.mesh):
+        step = program.train_step().lower(program.abstract_state(), program.abstract_batch()).compile()
+    weights = 16 * 3 * 64 * 2048 * 2
+    assert step.memory_analysis().temp_size_in_bytes < weights
+
+
+def test_padding_columns_of_the_vocabulary_have_no_probability():
+    run = tiny.config()
+    program = tiny.program(run)
+    batch = tiny.host_batch(run, 0)
+    with jax.set_mesh(program.mesh):
+        params = program.init_state().params
+        kernel = params["head"]["kernel"]
+        pushed = {**params, "head": {"kernel": kernel.at[run.model.vocab_size :].set(50.0)}}
+        loss = jax.jit(lambda params: next_token_loss(program.model, params, tiny.to_mesh(program, batch), run.loss)[0])
+        assert float(loss(params)) == float(loss(pushed))
+
+
+def test_bfloat16_compute_stays_near_float32():
+    batch = tiny.host_batch(tiny.config(), 0)
+    loss32, _ = loss_and_gradients(tiny.config(), 1, batch)
+    loss16, grads = loss_and_gradients(tiny.config(precision={"compute": "bfloat16"}), 1, batch)
+    assert loss16 == pytest.approx(loss32, rel=2e-3)
+    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
+
+
+def test_an_activation_of_the_wrong_rank_is_refused_where_it_is_written():
+    from maxlm.parallel.axes import constrain
+
+    with pytest.raises(ValueError, match="logical axes"):
+        constrain(jnp.zeros((2, 3)), "batch", "length", "embed")

@@ -1,0 +1,82 @@
+"""Small configs, batches and programs with true shapes, for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxlm.config import RunConfig
+from maxlm.parallel.mesh import make_mesh
+from maxlm.training.program import BATCH_ARRAYS, Program
+
+LLAMA = {"vocab_size": 300, "n_layers": 3, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "d_ff": 96, "max_seq_len": 64}
+GPT2 = {
+    **LLAMA,
+    "n_kv_heads": 4,
+    "norm": "layer",
+    "positions": "learned",
+    "mlp": "gelu",
+    "attention_bias": True,
+    "attention_out_bias": True,
+    "mlp_bias": True,
+    "tied_embeddings": True,
+}
+
+
+def config(**sections: Any) -> RunConfig:
+    """A tiny float32 run; keyword arguments replace keys section by section."""
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "model": dict(LLAMA),
+        "train": {"steps": 20, "seq_len": 32, "global_batch_tokens": 512, "spike": {"window": 16}},
+        "optimizer": {"learning_rate": 1e-2},
+        "schedule": {"warmup_steps": 4},
+        "precision": {"compute": "float32"},
+        "metrics": {"log_every": 1, "tensorboard": False, "progress": "none"},
+    }
+    for section, keys in sections.items():
+        tree[section] = {**tree.get(section, {}), **keys} if isinstance(keys, dict) else keys
+    return RunConfig.model_validate(tree)
+
+
+def program(run: RunConfig, n_devices: int = 1) -> Program:
+    """The run's program on the first simulated devices. Use under `jax.set_mesh(program.mesh)`."""
+    return Program(run, make_mesh(run.mesh, jax.devices()[:n_devices]))
+
+
+def host_batch(run: RunConfig, step: int, *, packed: bool = True) -> dict[str, np.ndarray]:
+    """A batch of random tokens, cut into documents of random lengths where `packed`."""
+    rng = np.random.default_rng((step, 7))
+    rows, length = run.train.global_batch_tokens // run.train.seq_len, run.train.seq_len
+    tokens = rng.integers(0, run.model.vocab_size, (rows, length + 1))
+    starts = rng.random((rows, length + 1)) < (0.1 if packed else 0.0)
+    starts[:, 0] = True
+    segments = np.cumsum(starts, axis=1)
+    index = np.arange(length + 1)
+    positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+    return {
+        "inputs": tokens[:, :-1].astype(np.int32),
+        "targets": tokens[:, 1:].astype(np.int32),
+        "segments": segments[:, :-1].astype(np.int32),
+        "positions": positions[:, :-1].astype(np.int32),
+        "weights": (segments[:, 1:] == segments[:, :-1]).astype(np.float32),
+    }
+
+
+def to_mesh(program: Program, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A batch on the program's mesh."""
+    return {name: jax.device_put(batch[name], program.batch_sharding) for name in BATCH_ARRAYS}
+
+
+def train_losses(run: RunConfig, n_devices: int, steps: int) -> tuple[list[float], Any]:
+    """The losses of `steps` steps from the run's seed, and the final parameters on the host."""
+    here = program(run, n_devices)
+    losses = []
+    with jax.set_mesh(here.mesh):
+        state, step = here.init_state(), here.train_step()
+        for i in range(steps):
+            state, metrics = step(state, to_mesh(here, host_batch(run, i)))
+            losses.append(float(metrics["loss"]))
+        return losses, jax.device_get(state.params)
