@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
-from maxlm.errors import ConfigError, StorageError
+from maxlm.errors import ConfigError, MaxlmError, StorageError
 from maxlm.section import Section, key
 from maxlm.training.progress import Console, Progress
 
@@ -139,8 +139,6 @@ class Metrics:
             with _writing(self.run_dir / METRICS_FILE):
                 self._file.flush()
                 os.fsync(self._file.fileno())
-        for sink in self._sinks:
-            sink.flush()
         self.mark()
 
     def mark(self) -> None:
@@ -317,26 +315,47 @@ def _open_sinks(run_dir: Path, config: MetricsConfig, resume_step: int) -> list[
 
 
 class _TensorBoard:
-    """Event files, by tensorboardX."""
+    """Event files, in the records of tensorboardX but written in place.
+
+    Its SummaryWriter hands them to a thread: a full disk would end the thread, and the run would wait on its queue.
+    """
 
     def __init__(self, folder: Path, resume_step: int):
-        from tensorboardX import SummaryWriter
+        from importlib import import_module
 
+        from tensorboardX.event_file_writer import EventsWriter
+
+        # protobuf makes these classes when it is imported, where no type checker sees them.
+        event_pb2 = import_module("tensorboardX.proto.event_pb2")
+        self.folder = folder
+        self._event = event_pb2.Event
+        self._summary = import_module("tensorboardX.proto.summary_pb2").Summary
         with _writing(folder):
-            # purge_step tells the viewer to forget what earlier event files hold from there on.
-            self.writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
+            folder.mkdir(parents=True, exist_ok=True)
+            # The name has the time in seconds; the suffix keeps a quick restart from writing over the file before it.
+            self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}.{resume_step}")
+            # A session that starts at a step makes the viewer forget what earlier files hold from that step on.
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._events.write_event(event_pb2.Event(wall_time=time.time(), step=resume_step + 1, session_log=start))
 
     def write(self, line: dict[str, Any]) -> None:
-        for name, value in line.items():
-            if name != "step" and value is not None:
-                group = "eval" if name.startswith("eval_") else "train"
-                self.writer.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, line["step"])
-
-    def flush(self) -> None:
-        self.writer.flush()
+        scalars = [
+            self._summary.Value(tag=_tag(name), simple_value=value)
+            for name, value in line.items()
+            if name != "step" and value is not None
+        ]
+        event = self._event(wall_time=time.time(), step=line["step"], summary=self._summary(value=scalars))
+        with _writing(self.folder):
+            self._events.write_event(event)
+            self._events.flush()
 
     def close(self) -> None:
-        self.writer.close()
+        with _writing(self.folder):
+            self._events.close()
+
+
+def _tag(name: str) -> str:
+    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
 
 
 class _Wandb:
@@ -354,18 +373,21 @@ class _Wandb:
         with _writing(id_file):
             run_dir.mkdir(parents=True, exist_ok=True)
             known = id_file.read_text().strip() if id_file.exists() else ""
-            self.run = wandb.init(
-                project=project, name=run_dir.resolve().name, dir=str(run_dir), id=known or None, resume="allow"
-            )
+            try:
+                self.run = wandb.init(
+                    project=project, name=run_dir.resolve().name, dir=str(run_dir), id=known or None, resume="allow"
+                )
+            except wandb.Error as error:
+                raise MaxlmError(
+                    f"Weights & Biases did not start (metrics.wandb is {project!r}): {error} "
+                    "Log in with `wandb login`, keep it local with WANDB_MODE=offline, or set metrics.wandb=null."
+                ) from error
             id_file.write_text(f"{self.run.id}\n")
         # The run's own step is the axis: W&B's counter refuses to go back, as a resumed run does.
         self.run.define_metric("*", step_metric="step")
 
     def write(self, line: dict[str, Any]) -> None:
         self.run.log({name: value for name, value in line.items() if value is not None})
-
-    def flush(self) -> None:
-        """W&B sends in the background."""
 
     def close(self) -> None:
         self.run.finish()
