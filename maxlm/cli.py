@@ -1,0 +1,423 @@
+"""The command line: one function a command, which imports what it runs when it runs.
+
+`maxlm --help` must stay fast, so nothing heavy is imported at the top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maxlm import __version__
+from maxlm.errors import CheckpointError, ConfigError, MaxlmError, StorageError
+
+if TYPE_CHECKING:
+    from maxlm.config_keys import KeyRow
+
+EXIT_INTERRUPTED = 128 + 2
+EXIT_BROKEN_PIPE = 128 + 13
+
+STORAGE_REMEDIES = {
+    errno.ENOSPC: "make room on that disk, or choose another folder",
+    errno.EDQUOT: "make room within the quota, or choose another folder",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EACCES: "change its permissions, or choose another folder",
+    errno.EPERM: "change its permissions, or choose another folder",
+}
+
+EXAMPLES = """examples:
+  maxlm config quickstart                          the resolved config
+  maxlm tokenizer train quickstart                 text in, tokenizer out
+  maxlm data prepare quickstart                    text in, token store out
+  maxlm train quickstart train.steps=100           one run; the same command again resumes it
+  maxlm train quickstart --simulate-devices 8 mesh.data=2 mesh.tensor=2
+  maxlm generate runs/quickstart --prompt 'def '
+  maxlm export runs/quickstart OUT --to hf
+
+exit codes: 0 done, 1 a bug, 2 config, 3 data, 4 checkpoint, 5 storage, 6 cluster. MAXLM_DEBUG=1 shows tracebacks.
+"""
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains, or resumes, the run that a config describes."""
+    flags = {
+        "distributed.coordinator": args.coordinator,
+        "distributed.num_processes": args.num_processes,
+        "distributed.process_id": args.process_id,
+    }
+    flagged = [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
+    from maxlm.config import load_config
+
+    config = load_config(args.config, [*args.overrides, *flagged])
+    if args.simulate_devices:
+        simulate_devices(args.simulate_devices)
+    from maxlm.train import train as run
+
+    run(config)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Scores a run's checkpoint on its held-out documents."""
+    from maxlm.evaluation.evaluate import evaluate_run
+
+    scores = evaluate_run(run_folder(args.run), step=args.step)
+    print_table([{"score": name, "value": value} for name, value in scores.items()], args.json, as_json=scores)
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Continues prompts with a run's model, all of them as one batch."""
+    from maxlm.inference.generate import generate_run
+
+    texts = generate_run(
+        run_folder(args.run),
+        args.prompt,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        greedy=args.greedy,
+        seed=args.seed,
+        step=args.step,
+    )
+    pairs = [{"prompt": prompt, "text": text} for prompt, text in zip(args.prompt, texts, strict=True)]
+    if args.json:
+        print_json(pairs)
+        return
+    for i, pair in enumerate(pairs):
+        if i:
+            print("-" * 40)
+        print(pair["prompt"] + pair["text"])
+
+
+def export(args: argparse.Namespace) -> None:
+    """Writes a run's model in a format that others read."""
+    from maxlm.interop.huggingface import export_run
+
+    export_run(run_folder(args.run), args.out, dtype=args.dtype, step=args.step)
+    print(f"wrote {args.out}; transformers loads it with AutoModelForCausalLM.from_pretrained({str(args.out)!r})")
+
+
+def import_(args: argparse.Namespace) -> None:
+    """Reads a Hugging Face model folder as a run."""
+    from maxlm.interop.huggingface import import_model
+
+    import_model(args.model_dir, args.out)
+    print(f"wrote {args.out}; try: maxlm generate {args.out} --prompt 'Hello'")
+
+
+def data_prepare(args: argparse.Namespace) -> None:
+    """Reads a config's documents into a token store."""
+    from maxlm.config import load_config
+    from maxlm.data.prepare import prepare
+
+    prepare(load_config(args.config, args.overrides))
+
+
+def data_inspect(args: argparse.Namespace) -> None:
+    """Says what a token store holds."""
+    from maxlm.data.prepare import inspect
+
+    facts = inspect(args.store)
+    print_table([{"what": name, "value": value} for name, value in facts.items()], args.json, as_json=facts)
+
+
+def tokenizer_train(args: argparse.Namespace) -> None:
+    """Trains a tokenizer on a config's documents."""
+    from maxlm.config import load_config
+    from maxlm.data.tokenizer import train_from_config
+
+    train_from_config(load_config(args.config, args.overrides))
+
+
+def show_config(args: argparse.Namespace) -> None:
+    """Prints the resolved config, or explains keys, presets and what cannot go together."""
+    from dataclasses import asdict
+
+    from maxlm import config as configs
+
+    if args.help_keys is not None:
+        keys = configs.explain(args.help_keys or None)
+        print_table([key_row(key) for key in keys], args.json, as_json=[asdict(key) for key in keys])
+    elif args.presets:
+        print_table(preset_rows(), args.json)
+    elif args.support:
+        from maxlm.parallel.support import table
+
+        print_table(table(), args.json)
+    elif args.config is None:
+        raise ConfigError("no config: give a file or a preset's name, or one of --presets, --help-keys, --support")
+    elif args.json:
+        print_json(configs.load_config(args.config, args.overrides).model_dump(mode="json"))
+    else:
+        print(configs.to_yaml(configs.load_config(args.config, args.overrides)), end="")
+
+
+def key_row(row: KeyRow) -> dict[str, Any]:
+    """A key as a row of the table that `--help-keys` prints."""
+    default = "required" if row.required else None if row.type == "section" else json.dumps(row.default)
+    return {"key": row.key, "type": row.type, "default": default, "unit": row.unit, "meaning": row.meaning}
+
+
+def preset_rows() -> list[dict[str, Any]]:
+    """Every preset with its size and the length of its run."""
+    from maxlm.config import load_config
+    from maxlm.config_file import preset_names
+    from maxlm.models.flops import count_parameters
+
+    rows = []
+    for name in preset_names():
+        config = load_config(name)
+        rows.append(
+            {
+                "preset": name,
+                "parameters": count_parameters(config.model).total,
+                "layers": config.model.n_layers,
+                "d_model": config.model.d_model,
+                "vocab_size": config.model.vocab_size,
+                "seq_len": config.train.seq_len,
+                "tokens": config.train.steps * config.train.global_batch_tokens,
+            }
+        )
+    return rows
+
+
+def run_folder(path: Path) -> Path:
+    """`path`, which must be a run's folder. Raises CheckpointError otherwise."""
+    if (path / "config.yaml").is_file():
+        return path
+    import difflib
+
+    siblings = [str(config.parent) for config in sorted(path.parent.glob("*/config.yaml"))]
+    near = difflib.get_close_matches(str(path), siblings, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`maxlm train CONFIG` makes one"
+    raise CheckpointError(f"{path}: not a run's folder, there is no config.yaml in it; {hint}")
+
+
+def report(args: argparse.Namespace) -> None:
+    """Writes a run's page with its curves."""
+    from maxlm.evaluation.report import write_report
+
+    print(f"wrote {write_report(run_folder(args.run))}")
+
+
+def simulate_devices(count: int) -> None:
+    """Makes JAX, which must not have started yet, show the CPU as `count` devices."""
+    flags = re.sub(r"--xla_force_host_platform_device_count=\S*", "", os.environ.get("XLA_FLAGS", ""))
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def print_json(value: Any) -> None:
+    """Prints plain data as JSON; a number that is not finite is null."""
+    from pydantic_core import to_json
+
+    print(to_json(value, indent=2, inf_nan_mode="null").decode())
+
+
+def print_table(rows: list[dict[str, Any]], json_wanted: bool, *, as_json: Any = None) -> None:
+    """Prints rows as a table, or as JSON: the rows, or `as_json` where that says it better."""
+    if json_wanted:
+        print_json(rows if as_json is None else as_json)
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    def cell(value: Any) -> str:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return f"{value:,}"
+        return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for name in rows[0] if rows else ():
+        numeric = all(isinstance(row[name], int | float) for row in rows)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell(value) for value in row.values()))
+    width = None if sys.stdout.isatty() else 160
+    Console(markup=False, emoji=False, highlight=False, width=width).print(table)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(
+        prog="maxlm",
+        description="Plan, train, resume, scale and export language models on JAX.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"maxlm {__version__}")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_model_commands(commands)
+
+    data = commands.add_parser("data", help="text in, token store out").add_subparsers(metavar="COMMAND", required=True)
+    _with_config(_command(data, "prepare", data_prepare))
+    inspect = _command(data, "inspect", data_inspect)
+    inspect.add_argument("store", metavar="STORE", help="a token store: a folder or a URL")
+    _with_json(inspect)
+
+    tokenizer = commands.add_parser("tokenizer", help="text in, tokenizer out")
+    _with_config(_command(tokenizer.add_subparsers(metavar="COMMAND", required=True), "train", tokenizer_train))
+
+    config = _command(commands, "config", show_config)
+    _with_config(config, optional=True)
+    what = config.add_mutually_exclusive_group()
+    what.add_argument(
+        "--help-keys", nargs="?", const="", metavar="SECTION", help="explain every key, or those of a section"
+    )
+    what.add_argument("--presets", action="store_true", help="list the presets")
+    what.add_argument("--support", action="store_true", help="list what cannot go together, and why")
+    _with_json(config)
+    return top
+
+
+def _add_train(commands: Any) -> None:
+    command = _command(commands, "train", train)
+    _with_config(command)
+    command.add_argument("--coordinator", metavar="HOST:PORT", help="process 0 of the run (distributed.coordinator)")
+    command.add_argument("--num-processes", type=_at_least(1), metavar="N", help="processes of the run")
+    command.add_argument("--process-id", type=_at_least(0), metavar="I", help="the number of this one, from 0")
+    command.add_argument(
+        "--simulate-devices",
+        type=_at_least(1),
+        metavar="N",
+        help="show the CPU as N devices, to try a mesh without having one; slower than one device",
+    )
+
+
+def _add_model_commands(commands: Any) -> None:
+    command = _command(commands, "eval", evaluate)
+    _with_run(command)
+    _with_json(command)
+
+    command = _command(commands, "generate", generate)
+    _with_run(command)
+    command.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
+    command.add_argument("--max-tokens", type=_at_least(1), default=128, metavar="N", help="new tokens (default: 128)")
+    choice = command.add_mutually_exclusive_group()
+    choice.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    choice.add_argument("--temperature", type=_above_zero, default=1.0, metavar="X", help="(default: 1)")
+    command.add_argument("--top-k", type=_at_least(1), metavar="K", help="sample among the K likeliest tokens")
+    command.add_argument("--top-p", type=_fraction, metavar="P", help="sample among the likeliest that make up P")
+    command.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="(default: 0)")
+    _with_json(command)
+
+    command = _command(commands, "export", export)
+    _with_run(command)
+    command.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    command.add_argument("--to", choices=["hf"], required=True, help="hf: Hugging Face transformers")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+
+    command = _command(commands, "import", import_)
+    command.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="a folder with config.json and safetensors")
+    command.add_argument("out", type=Path, metavar="OUT", help="the run folder to write")
+
+    command = _command(commands, "report", report)
+    command.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    text = (run.__doc__ or "").strip().rstrip(".")
+    command = commands.add_parser(name, help=text[0].lower() + text[1:], description=text + ".")
+    command.set_defaults(run_command=run)
+    return command
+
+
+def _with_config(command: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    command.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs="?" if optional else None,
+        help="a YAML file, a run's folder or a preset's name",
+    )
+    command.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", help="lay over the config, such as train.steps=100"
+    )
+
+
+def _with_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    command.add_argument("--step", type=_at_least(0), metavar="N", help="which checkpoint (default: the newest)")
+
+
+def _with_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        if not re.fullmatch(r"\d+", text) or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {minimum}")
+        return int(text)
+
+    return integer
+
+
+def _above_zero(text: str) -> float:
+    if not re.fullmatch(r"\d*\.?\d+([eE][-+]?\d+)?", text) or not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 (for the likeliest token, --greedy)")
+    return float(text)
+
+
+def _fraction(text: str) -> float:
+    if not re.fullmatch(r"\d*\.?\d+([eE][-+]?\d+)?", text) or not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
+    return float(text)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Reads a command line. Overrides may also follow flags, which argparse by itself does not allow."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    for text in rest:
+        if "=" in text and not text.startswith("-") and hasattr(args, "overrides"):
+            args.overrides.append(text)
+        elif "=" in text and hasattr(args, "overrides"):
+            top.error(f"unknown flag {text}; config keys are written without dashes: {text.lstrip('-')}")
+        else:
+            top.error(f"unknown argument {text}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit code."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        args.run_command(args)
+        sys.stdout.flush()
+    except MaxlmError as error:
+        return _fail(error, str(error), error.exit_code)
+    except KeyboardInterrupt as error:
+        return _fail(error, "interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader has left (`maxlm config ... | head`); nothing may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in STORAGE_REMEDIES:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        message = f"{where}{os.strerror(error.errno).lower()}; {STORAGE_REMEDIES[error.errno]}"
+        return _fail(error, message, StorageError.exit_code)
+    return 0
+
+
+def _fail(error: BaseException, message: str, code: int) -> int:
+    if os.environ.get("MAXLM_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
