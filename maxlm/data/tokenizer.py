@@ -1,10 +1,28 @@
-"""Tokenizers: text to ids and back. One class over Hugging Face `tokenizers`, SentencePiece and tiktoken."""
+"""Tokenizers: text to ids and back, one class over Hugging Face `tokenizers`, SentencePiece and tiktoken.
+
+A tokenizer is the bytes of its file and the names of its special tokens; nothing in a tokenizer's folder is ever run.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+from maxlm.errors import DataError, MaxlmError
 from maxlm.section import Section, key
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from maxlm.data.tokenizer_backends import Backend
+
+SIDECAR = "maxlm_tokenizer.json"
+SPECIALS = ("bos", "eos", "pad")
+# A tokenizer's own file, by what reads it.
+FILE_NAMES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model", "tiktoken": "tokenizer.tiktoken"}
 
 
 class TokenizerConfig(Section):
@@ -31,3 +49,234 @@ class TokenizerConfig(Section):
         "The regular expression that splits text into words, for a .tiktoken file, which does not say it. None: "
         "known by the file's name (cl100k_base, o200k_base, ...) or, for Llama 3, by its size.",
     )
+
+
+class Tokenizer:
+    """Text to ids and back. Special tokens are never read out of text: `"<|eos|>"` in a document is plain text.
+
+    Made by `load_tokenizer` and `train_tokenizer`. Pickles to its file's bytes, so it travels between processes.
+
+    Attributes:
+        vocab_size: one past the largest id.
+        bos_id, eos_id, pad_id: ids of the special tokens, or None.
+        exact_bytes: whether `token_byte_lengths` of a text's ids adds up to the text's UTF-8 bytes. True for byte-level
+            tokenizers; False where text is normalised or spaces are lost (WordPiece, SentencePiece), for which the
+            token store records each document's bytes instead.
+        fingerprint: sha256 of what decides the ids.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        content: bytes,
+        specials: Mapping[str, str | None],
+        *,
+        pattern: str | None = None,
+        origin: str = "tokenizer",
+        reader: Backend | None = None,
+    ):
+        """`backend` is a key of `FILE_NAMES`, `content` its file's bytes, `specials` names by `SPECIALS`.
+
+        `reader` is what already reads `content`, if it was made.
+        """
+        from maxlm.data.tokenizer_backends import make_backend
+
+        self.backend = backend
+        self.content = content
+        self.pattern = pattern
+        self.origin = origin
+        self.specials = {name: specials.get(name) for name in SPECIALS}
+        self._backend = reader or make_backend(backend, content, self.specials, pattern, origin)
+        ids = {name: self._special_id(name) for name in SPECIALS}
+        self.bos_id, self.eos_id, self.pad_id = ids["bos"], ids["eos"], ids["pad"]
+        self.vocab_size: int = self._backend.vocab_size
+        self.exact_bytes: bool = self._backend.exact_bytes
+        canonical = [backend, self._backend.canonical(), pattern, self.specials]
+        self.fingerprint = hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
+
+    def _special_id(self, name: str) -> int | None:
+        token = self.specials[name]
+        if token is None:
+            return None
+        token_id = self._backend.token_id(token)
+        if token_id is None:
+            raise DataError(
+                f"{self.origin}: tokenizer.{name} is {token!r}, which is not in its vocabulary. Name a token that it "
+                f"has, or leave tokenizer.{name} out to take the tokenizer's own."
+            )
+        return token_id
+
+    def __reduce__(self):
+        return _remake, (self.backend, self.content, self.specials, self.pattern, self.origin)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without bos or eos."""
+        return self._backend.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, without bos or eos."""
+        return self._backend.encode_batch(list(texts))
+
+    def decode(self, ids: Iterable[int], *, skip_specials: bool = True) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        return self._backend.decode([int(i) for i in ids], skip_specials)
+
+    def token_byte_lengths(self) -> np.ndarray:
+        """int32[vocab_size]: the bytes of UTF-8 that each id stands for; 0 for special tokens."""
+        return self._backend.byte_lengths()
+
+    def files(self) -> dict[str, bytes]:
+        """The files of the tokenizer's folder, by name; the sidecar, by which damage is seen, comes last."""
+        files = {FILE_NAMES[self.backend]: self.content}
+        names = {f"{name}_token": token for name, token in self.specials.items() if token is not None}
+        if self.backend == "huggingface":
+            names |= {"unk_token": self._backend.unk} if self._backend.unk else {}
+            config = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "clean_up_tokenization_spaces": False,
+                "model_max_length": 10**30,
+                **names,
+            }
+            files["tokenizer_config.json"] = _json(config)
+            files["special_tokens_map.json"] = _json(names)
+        sidecar = {
+            "format": 1,
+            "backend": self.backend,
+            "specials": self.specials,
+            "pattern": self.pattern,
+            "fingerprint": self.fingerprint,
+        }
+        files[SIDECAR] = _json(sidecar)
+        return files
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer's folder, which `load_tokenizer` and, for tokenizer.json, `transformers` read.
+
+        Raises StorageError where the folder cannot be written.
+        """
+        from maxlm.data.storage import write_file
+
+        for name, content in self.files().items():
+            write_file(Path(folder) / name, content)
+
+
+def _remake(backend: str, content: bytes, specials: dict, pattern: str | None, origin: str) -> Tokenizer:
+    return Tokenizer(backend, content, specials, pattern=pattern, origin=origin)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+
+def load_tokenizer(source: str | Path | TokenizerConfig) -> Tokenizer:
+    """Loads a tokenizer from a folder or a file; see `TokenizerConfig.path`.
+
+    Special tokens are, in this order: the config's, where they differ from the defaults; those saved with the
+    tokenizer (maxlm's sidecar, Hugging Face's tokenizer_config.json, the SentencePiece model's own); the config's
+    defaults, where the vocabulary has them.
+
+    Raises DataError, which names the file, where it is missing or damaged.
+    """
+    config = source if isinstance(source, TokenizerConfig) else TokenizerConfig(path=str(source))
+    if config.path is None:
+        raise DataError(
+            "tokenizer.path is not set. Give a tokenizer's folder or file, or train one with `maxlm tokenizer train`."
+        )
+    path = Path(config.path).expanduser()
+    try:
+        if path.is_dir():
+            names = [*FILE_NAMES.values(), SIDECAR, "tokenizer_config.json", "special_tokens_map.json"]
+            files = {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
+        else:
+            files = {path.name: path.read_bytes()}
+    except FileNotFoundError:
+        raise DataError(f"{path}: no tokenizer here. Check tokenizer.path, or train one there.") from None
+    except OSError as error:
+        raise DataError(f"{path}: the tokenizer cannot be read: {error.strerror}.") from None
+    return tokenizer_from_files(files, str(path), config)
+
+
+def tokenizer_from_files(files: Mapping[str, bytes], origin: str, config: TokenizerConfig | None = None) -> Tokenizer:
+    """The tokenizer of a folder's `files` (name to bytes), which lies at `origin`. Raises as `load_tokenizer`."""
+    from maxlm.data.tokenizer_backends import backend_of, known_pattern, make_backend
+
+    config = config or TokenizerConfig()
+    name = next((n for n in FILE_NAMES.values() if n in files), None)
+    if name is None:
+        name = next((n for n in files if n.endswith((".json", ".model", ".tiktoken")) and n not in _ASIDE), None)
+    if name is None:
+        expected = ", ".join(FILE_NAMES.values())
+        raise DataError(f"{origin}: no tokenizer here. Expected one of {expected}, or a .model or .tiktoken file.")
+    where = origin if len(files) == 1 else f"{origin}/{name}"
+    content = files[name]
+    backend = backend_of(name, content, where)
+    sidecar = _parse(files, SIDECAR, origin)
+    pattern = config.pattern or sidecar.get("pattern")
+    if backend == "tiktoken" and pattern is None:
+        pattern = known_pattern(origin if len(files) == 1 else name, content, where)
+    try:
+        reader = make_backend(backend, content, {}, pattern, where)
+        specials = _resolve_specials(files, origin, config, reader, sidecar)
+        if backend == "tiktoken":  # Its special tokens are not in the file: now that they are known, it is made anew.
+            reader = None
+        tokenizer = Tokenizer(backend, content, specials, pattern=pattern, origin=where, reader=reader)
+    except MaxlmError:
+        raise
+    except Exception as error:  # Rust and C++ raise bare Exception and RuntimeError on a damaged file.
+        raise DataError(f"{where}: not a {backend} tokenizer, or damaged: {_brief(error)}.") from None
+    if sidecar and sidecar.get("specials") == tokenizer.specials and pattern == sidecar.get("pattern"):
+        _check_fingerprint(sidecar, tokenizer, where)
+    return tokenizer
+
+
+_ASIDE = (SIDECAR, "tokenizer_config.json", "special_tokens_map.json")
+
+
+def _brief(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+
+
+def _parse(files: Mapping[str, bytes], name: str, origin: str) -> dict[str, Any]:
+    """The JSON object in `files[name]`, or {} where there is no such file."""
+    if name not in files:
+        return {}
+    try:
+        value = json.loads(files[name])
+    except ValueError as error:
+        raise DataError(f"{origin}/{name}: not JSON, or damaged: {_brief(error)}.") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{origin}/{name}: expected a JSON object, not {type(value).__name__}.")
+    return value
+
+
+def _check_fingerprint(sidecar: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> None:
+    if sidecar.get("fingerprint") != tokenizer.fingerprint:
+        raise DataError(
+            f"{where}: the tokenizer is not the one that was saved here ({SIDECAR} beside it has another fingerprint): "
+            "a file was edited, damaged or half-copied. Copy the folder again, or remove that file to take the "
+            "tokenizer as it is."
+        )
+
+
+def _resolve_specials(
+    files: Mapping[str, bytes], origin: str, config: TokenizerConfig, reader: Backend, sidecar: Mapping[str, Any]
+) -> dict[str, str | None]:
+    """Which tokens are bos, eos and pad; the order of precedence is `load_tokenizer`'s."""
+    theirs = _parse(files, "special_tokens_map.json", origin) | _parse(files, "tokenizer_config.json", origin)
+    specials: dict[str, str | None] = {}
+    for name in SPECIALS:
+        default = TokenizerConfig.model_fields[name].default
+        chosen = getattr(config, name)
+        saved = theirs.get(f"{name}_token")
+        saved = saved.get("content") if isinstance(saved, dict) else saved
+        if chosen != default:
+            specials[name] = chosen
+        elif sidecar:
+            specials[name] = sidecar.get("specials", {}).get(name)
+        elif isinstance(saved, str) and reader.token_id(saved) is not None:
+            specials[name] = saved
+        elif reader.adds_specials or reader.token_id(default) is not None:
+            specials[name] = default
+        else:
+            specials[name] = reader.own_special(name)
+    return specials
