@@ -179,34 +179,34 @@ def chip_of(device: Any) -> Chip | None:
 
 
 def peak_flops_per_device(devices: Sequence[Any], dtype: str) -> tuple[float | None, str]:
-    """The FLOP/s that MFU is counted against, a JAX device, and a sentence that says where it comes from.
+    """The FLOP/s of a JAX device that MFU is counted against, and what they are: "MFU is model FLOP/s over the ...".
 
     Args:
         devices: the devices of the mesh, all of one kind. A CPU's peak is measured (about 0.3 s), see below.
         dtype: what the matrix products are computed in: `bfloat16`, `float32` or `float8`.
 
     Returns:
-        None in place of the peak where none is known; then there is no MFU, and the sentence says why. All simulated
+        None in place of the peak where none is known; then there is no MFU, and the words say why. All simulated
         devices of a process share its cores, so that each has its part of the measured rate.
     """
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
         if dtype not in ("bfloat16", "float32"):
-            return None, f"a CPU's {dtype} peak is not measured, so there is no MFU"
+            return None, f"{dtype} peak, which is not measured on a CPU, so it is left out"
         local = [device for device in devices if device.process_index == devices[0].client.process_index()]
         n_sharing = max(len(local), 1)
         peak = measure_matmul_flops((local or list(devices))[0], dtype) / n_sharing
-        shared = f", its cores shared by {n_sharing} simulated devices" if n_sharing > 1 else ""
-        return peak, f"{_flops(peak)} a device: the measured matmul peak of this CPU in {dtype}{shared}"
+        shared = f" (its cores shared by {n_sharing} simulated devices)" if n_sharing > 1 else ""
+        return peak, f"measured matmul peak of this CPU in {dtype}: {_flops(peak)} a device{shared}"
     chip = chip_of(devices[0])
     if chip is None:
-        return None, f"no peak is known for {kind!r}, so there is no MFU"
+        return None, f"peak of the chip, which is not known for {kind!r}, so it is left out"
     rate_of = _rate_name(chip, dtype)
     if rate_of not in chip.peak_flops:
-        return None, f"no {dtype} peak of {chip.name} is published, so there is no MFU"
+        return None, f"{dtype} peak of {chip.name}, which is not published, so it is left out"
     peak = chip.peak_flops[rate_of] / chip.devices_per_chip
     part = f" (one of {chip.devices_per_chip} devices of a chip)" if chip.devices_per_chip > 1 else ""
-    return peak, f"{_flops(peak)} a device{part}: the dense {rate_of} peak of {chip.name}"
+    return peak, f"dense {rate_of} peak of {chip.name}: {_flops(peak)} a device{part}"
 
 
 def _rate_name(chip: Chip, dtype: str) -> str:
