@@ -1,0 +1,39 @@
+"""Eight simulated CPU devices for the whole suite, and compilations kept between runs."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+# Before the first import of jax: its backend reads these once.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+
+def _compilation_cache() -> str:
+    """A folder of this user, machine, Python and jax: compiled CPU code does not suit other processors."""
+    machine = f"{platform.node()}-{platform.machine()}-py{sys.version_info.major}{sys.version_info.minor}"
+    return str(Path(tempfile.gettempdir()) / f"maxlm-tests-{getpass.getuser()}" / f"{machine}-jax{jax.__version__}")
+
+
+# The environment, so that the processes that tests start use it too.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compilation_cache())
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test does not join the cluster whose variables happen to be set around it."""
+    for name in ("MAXLM_COORDINATOR", "MAXLM_NUM_PROCESSES", "MAXLM_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
