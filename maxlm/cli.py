@@ -65,18 +65,20 @@ def train(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Scores a run's checkpoint on its held-out documents."""
+    run = run_folder(args.run)
     from maxlm.evaluation.evaluate import evaluate_run
 
-    scores = evaluate_run(run_folder(args.run), step=args.step)
+    scores = evaluate_run(run, step=args.step)
     print_table([{"score": name, "value": value} for name, value in scores.items()], args.json, as_json=scores)
 
 
 def generate(args: argparse.Namespace) -> None:
     """Continues prompts with a run's model, all of them as one batch."""
+    run = run_folder(args.run)
     from maxlm.inference.generate import generate_run
 
     texts = generate_run(
-        run_folder(args.run),
+        run,
         args.prompt,
         max_tokens=args.max_tokens,
         temperature=args.temperature,
@@ -98,9 +100,10 @@ def generate(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Writes a run's model in a format that others read."""
+    run = run_folder(args.run)
     from maxlm.interop.huggingface import export_run
 
-    export_run(run_folder(args.run), args.out, dtype=args.dtype, step=args.step)
+    export_run(run, args.out, dtype=args.dtype, step=args.step)
     print(f"wrote {args.out}; transformers loads it with AutoModelForCausalLM.from_pretrained({str(args.out)!r})")
 
 
@@ -133,7 +136,9 @@ def tokenizer_train(args: argparse.Namespace) -> None:
     from maxlm.config import load_config
     from maxlm.data.tokenizer import train_from_config
 
-    train_from_config(load_config(args.config, args.overrides))
+    config = load_config(args.config, args.overrides)
+    tokenizer = train_from_config(config.tokenizer, config.data)
+    print(f"wrote {config.tokenizer.path}: {tokenizer.vocab_size:,} tokens; next: maxlm data prepare {args.config}")
 
 
 def show_config(args: argparse.Namespace) -> None:
@@ -202,9 +207,10 @@ def run_folder(path: Path) -> Path:
 
 def report(args: argparse.Namespace) -> None:
     """Writes a run's page with its curves."""
+    run = run_folder(args.run)
     from maxlm.evaluation.report import write_report
 
-    print(f"wrote {write_report(run_folder(args.run))}")
+    print(f"wrote {write_report(run)}")
 
 
 def simulate_devices(count: int) -> None:
@@ -241,8 +247,10 @@ def print_table(rows: list[dict[str, Any]], json_wanted: bool, *, as_json: Any =
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(cell(value) for value in row.values()))
-    width = None if sys.stdout.isatty() else 160
-    Console(markup=False, emoji=False, highlight=False, width=width).print(table)
+    console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160)
+    with console.capture() as text:
+        console.print(table)
+    print(text.get(), end="")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -398,16 +406,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return _fail(error, "interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # The reader has left (`maxlm config ... | head`); nothing may be written at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader has left (`maxlm config ... | head`).
+        _leave_stdout()
         return EXIT_BROKEN_PIPE
     except OSError as error:
         if error.errno not in STORAGE_REMEDIES:
             raise
+        _leave_stdout()
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{os.strerror(error.errno).lower()}; {STORAGE_REMEDIES[error.errno]}"
         return _fail(error, message, StorageError.exit_code)
     return 0
+
+
+def _leave_stdout() -> None:
+    """Keeps the interpreter from writing at exit what could not be written before."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: BaseException, message: str, code: int) -> int:

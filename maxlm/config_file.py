@@ -123,7 +123,7 @@ def _holds(data: Any, path: KeyPath) -> bool:
 
 def dump(data: dict[str, Any]) -> str:
     """YAML that `parse` reads back as the same data."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def parse(text: str, source: str, *, lines: bool = True) -> Tree:
@@ -159,13 +159,17 @@ def apply_override(tree: Tree, text: str) -> Tree:
             origins[path] = builder.source
             return _merge(below, new)
         part, *rest = rest
-        if isinstance(below, list) and part.isdigit():
-            index = int(part)
+        if isinstance(below, list):
+            index = int(part) if part.isdecimal() else len(below)
             if index >= len(below):
-                raise ConfigError(f"{builder.source}: `{dotted(path)}` has {len(below)} items, numbered from 0")
+                raise ConfigError(
+                    f"{builder.source}: `{dotted(path)}` is a list of {len(below)}, numbered from 0, and has no `{part}`"
+                )
             return [*below[:index], lay(below[index], (*path, index), rest), *below[index + 1 :]]
+        if below is not None and not isinstance(below, dict):
+            origins[path], below = builder.source, {}
         origins.setdefault((*path, part), builder.source)
-        below = below if isinstance(below, dict) else {}
+        below = below or {}
         return below | {part: lay(below.get(part), (*path, part), rest)}
 
     return Tree(lay(tree.data, (), parts), origins)
