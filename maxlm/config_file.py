@@ -163,7 +163,7 @@ def apply_override(tree: Tree, text: str) -> Tree:
             index = int(part) if part.isdecimal() else len(below)
             if index >= len(below):
                 raise ConfigError(
-                    f"{builder.source}: `{dotted(path)}` is a list of {len(below)}, numbered from 0, and has no `{part}`"
+                    f"{builder.source}: `{dotted(path)}` is a list of {len(below)}, counted from 0, without a `{part}`"
                 )
             return [*below[:index], lay(below[index], (*path, index), rest), *below[index + 1 :]]
         if below is not None and not isinstance(below, dict):

@@ -59,7 +59,7 @@ BAD_CONFIGS = {
     "tag that runs code": ("name: !!python/object/apply:os.system [ls]\n", [], ["run.yaml:2", "plain data"]),
     "bad override": ("", ["train.steps"], ["override `train.steps`", "key=value"]),
     "bad YAML in an override": ("", ["data.sources=[1"], ["override `data.sources=[1`", "not YAML"]),
-    "list item that is not there": ("", ["data.sources.7.kind=text"], ["`data.sources`", "no `7`"]),
+    "list item that is not there": ("", ["data.sources.7.kind=text"], ["`data.sources`", "without a `7`"]),
     "extends in an override": ("", ["extends=llama-20m"], ["unknown key `extends`"]),
     "missing file": (None, [], ["run.yaml", "not a file"]),
     "rows do not fill the batch": (
