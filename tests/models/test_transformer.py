@@ -17,11 +17,7 @@ BRICKS = {
     "wide heads, geglu, biases": {**tiny.LLAMA, "head_dim": 32, "mlp": "geglu", "attention_bias": True, "mlp_bias": True},
     "layer norm, squared relu, tied": {**tiny.LLAMA, "norm": "layer", "mlp": "relu2", "tied_embeddings": True},
 }  # fmt: skip
-MESHES = {
-    "data 8": {"data": 8, "fsdp": 1},
-    "fsdp 8": {"fsdp": 8},
-    "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
-}
+MESHES = {"fsdp 8": {"fsdp": 8}, "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2}}
 
 
 def loss_and_gradients(run, n_devices, batch):
@@ -35,23 +31,25 @@ def loss_and_gradients(run, n_devices, batch):
 
 
 def assert_close(found, expected, rtol):
-    """Each array within `rtol` of the largest magnitude in it: float32 sums in another order differ by that much."""
+    """Each array within `rtol` of the largest magnitude in it: float32 sums in another order differ by that much.
+
+    A gradient that is zero but for rounding (of a key's bias, which softmax cannot see) is held to the others' scale.
+    """
+    scale = max(np.abs(b).max() for b in jax.tree.leaves(expected))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max() + 1e-30, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(np.abs(b).max(), 1e-3 * scale), err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("bricks", BRICKS)
-def test_loss_and_gradients_agree_on_every_mesh(bricks):
-    runs = {name: tiny.config(model=BRICKS[bricks], mesh=mesh) for name, mesh in MESHES.items()}
-    # n_kv_heads = 1 cannot be cut in two, and is refused before it comes to this.
-    runs = {name: run for name, run in runs.items() if run.model.kv_heads % max(1, run.mesh.tensor) == 0}
+def test_loss_and_gradients_on_a_mesh_are_one_devices(bricks):
     one = tiny.config(model=BRICKS[bricks])
+    # A single key and value head cannot be cut in two; `support.check_mesh` refuses it.
+    mesh = MESHES["fsdp 8" if one.model.kv_heads == 1 else "data 2 x fsdp 2 x tensor 2"]
     batch = tiny.host_batch(one, 0)
     loss, grads = loss_and_gradients(one, 1, batch)
-    for run in runs.values():
-        mesh_loss, mesh_grads = loss_and_gradients(run, 8, batch)
-        assert mesh_loss == pytest.approx(loss, rel=1e-5)
-        assert_close(mesh_grads, grads, 1e-4)
+    mesh_loss, mesh_grads = loss_and_gradients(tiny.config(model=BRICKS[bricks], mesh=mesh), 8, batch)
+    assert mesh_loss == pytest.approx(loss, rel=1e-5)
+    assert_close(mesh_grads, grads, 1e-4)
 
 
 def test_init_is_bitwise_the_same_on_every_mesh():
@@ -119,18 +117,22 @@ def test_full_remat_keeps_less_than_none():
 
 
 def test_gathered_weights_are_not_kept_for_the_backward_pass():
-    """FSDP's point: with every activation kept, whole layers of weights still are not."""
-    run = tiny.config(
-        model={**tiny.LLAMA, "n_layers": 16, "d_ff": 2048},
-        mesh={"fsdp": 8},
-        precision={"compute": "bfloat16"},
-        train={"global_batch_tokens": 256},
-    )
-    program = tiny.program(run, 8)
-    with jax.set_mesh(program.mesh):
-        step = program.train_step().lower(program.abstract_state(), program.abstract_batch()).compile()
+    """FSDP's point: where every activation is kept, and there are few, whole layers of weights still are not."""
+
+    def temporaries(policy):
+        run = tiny.config(
+            model={**tiny.LLAMA, "n_layers": 16, "d_ff": 2048, "remat": {"policy": policy}},
+            mesh={"fsdp": 8},
+            precision={"compute": "bfloat16"},
+            train={"global_batch_tokens": 64, "seq_len": 8},
+        )
+        program = tiny.program(run, 8)
+        with jax.set_mesh(program.mesh):
+            step = program.train_step().lower(program.abstract_state(), program.abstract_batch()).compile()
+        return step.memory_analysis().temp_size_in_bytes
+
     weights = 16 * 3 * 64 * 2048 * 2
-    assert step.memory_analysis().temp_size_in_bytes < weights
+    assert temporaries("none") - temporaries("full") < 0.5 * weights
 
 
 def test_padding_columns_of_the_vocabulary_have_no_probability():
@@ -140,7 +142,8 @@ def test_padding_columns_of_the_vocabulary_have_no_probability():
     with jax.set_mesh(program.mesh):
         params = program.init_state().params
         kernel = params["head"]["kernel"]
-        pushed = {**params, "head": {"kernel": kernel.at[run.model.vocab_size :].set(50.0)}}
+        padding = jnp.arange(kernel.shape[0])[:, None] >= run.model.vocab_size
+        pushed = {**params, "head": {"kernel": jax.jit(lambda k: jnp.where(padding, 50.0, k))(kernel)}}
         loss = jax.jit(lambda params: next_token_loss(program.model, params, tiny.to_mesh(program, batch), run.loss)[0])
         assert float(loss(params)) == float(loss(pushed))
 

@@ -117,11 +117,9 @@ def test_a_bad_step_changes_nothing_and_is_counted(trained, bad):
     if bad == "leap":
         # One token over and over, and always the least likely next one.
         batch["targets"][:] = 299
-        head = state.params["head"]["kernel"]
-        state = dataclasses.replace(
-            state, params={**state.params, "head": {"kernel": head.at[299].set(-0.5 * jnp.sign(head[0]))}}
-        )
         batch["inputs"][:] = 0
+        sharp = jax.tree.map(lambda scale: 40 * scale, state.params["final_norm"])
+        state = dataclasses.replace(state, params={**state.params, "final_norm": sharp})
     else:
         poisoned = state.params["final_norm"]["scale"].at[0].set(jnp.nan)
         state = dataclasses.replace(state, params={**state.params, "final_norm": {"scale": poisoned}})
