@@ -12,17 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import yaml
 
 import maxlm
-from maxlm.checkpoint import Checkpoints, RunLock
+from maxlm.checkpoint import Checkpoints
 from maxlm.config import RunConfig, check_resume, to_yaml
 from maxlm.data.loader import Loader, device_batches, process_rows
+from maxlm.data.tokenizer import load_tokenizer
+from maxlm.errors import CheckpointError, ConfigError
 from maxlm.evaluation.evaluate import Evaluator
+from maxlm.files import write_atomically
 from maxlm.models.flops import count_parameters, training_flops_per_token
 from maxlm.models.losses import Batch
 from maxlm.parallel import distributed, support
 from maxlm.parallel.mesh import make_mesh
 from maxlm.planning.hardware import peak_flops_per_device
+from maxlm.run_lock import RunLock
 from maxlm.training.metrics import Metrics, Profiler
 from maxlm.training.program import Program
 from maxlm.training.state import TrainState
@@ -33,72 +38,104 @@ def train(config: RunConfig) -> None:
 
     On SIGTERM or SIGINT it saves and returns. Raises MaxlmError for what is the user's to mend.
     """
-    started = time.perf_counter()
+    began = time.perf_counter()
     distributed.initialize(config.distributed)
     mesh = make_mesh(config.mesh)
     support.check_mesh(config, dict(mesh.shape))
-    run_dir = Path(config.run_dir)
-    with RunLock(run_dir), distributed.Signals() as signals, jax.set_mesh(mesh):
-        program = Program(config, mesh)
-        loader = Loader(
-            config.data, seq_len=config.train.seq_len, global_batch=program.rows, seed=config.train.seed, split="train"
-        )
-        checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint)
-        state, first = start(program, checkpoints, loader, config)
-        with make_metrics(program, run_dir, first) as metrics:
-            loop(program, state, first, loader, checkpoints, metrics, signals, started)
+    program = Program(config, mesh)
+    with RunLock(config.run_dir), distributed.Signals() as signals, jax.set_mesh(mesh):
+        loader = open_data(program)
+        with Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint) as checkpoints:
+            state, done = start(program, checkpoints, loader)
+            with make_metrics(program, done) as metrics:
+                loop(program, state, done, loader, checkpoints, metrics, signals, began)
 
 
-def start(program: Program, checkpoints: Checkpoints, loader: Loader, config: RunConfig) -> tuple[TrainState, int]:
-    """The state to go on from and the number of steps already done: a checkpoint's, or a new run's and 0."""
-    run_dir = Path(config.run_dir)
-    if checkpoints.steps():
-        check_resume(checkpoints.read_config(), config)
+def start(program: Program, checkpoints: Checkpoints, loader: Loader) -> tuple[TrainState, int]:
+    """The state to go on from and the number of steps already done: a checkpoint's, or a new run's and 0.
+
+    Raises CheckpointError where the checkpoint is of another model, tokenizer or data than the config's.
+    """
+    config = program.config
+    if (before := checkpoints.newest_config()) is not None:
+        check_resume(yaml.safe_load(before), config)
     restored = checkpoints.restore(program.abstract_state())
-    if restored is not None:
-        state, meta = restored
-        check_data(meta["data"], loader.fingerprint, run_dir)
+    if restored is None:
+        state, done = program.init_state(), 0
     else:
-        state, meta = program.init_state(), {"step": 0}
+        state, meta = restored
+        done = meta["step"]
+        check_data(meta["data"], loader.fingerprint, config)
     if distributed.is_main():
-        write_run_files(program, run_dir)
-    return state, meta["step"]
+        write_run_files(program)
+    return state, done
+
+
+def check_data(before: dict[str, Any], now: dict[str, Any], config: RunConfig) -> None:
+    """Raises CheckpointError where the batches would not go on as they began, naming what differs."""
+    changed = [f"  {name}: {before.get(name)} then, {now[name]} now" for name in now if before.get(name) != now[name]]
+    if changed:
+        raise CheckpointError(
+            f"the checkpoints in {config.run_dir} were trained on other data than the config now gives:\n"
+            + "\n".join(changed)
+            + "\nBring the old token store back, or start anew in another folder (run_dir=...)."
+        )
+
+
+def open_data(program: Program) -> Loader:
+    """The training data of the run, checked against its tokenizer and its model's vocabulary."""
+    config = program.config
+    loader = Loader(
+        config.data,
+        seq_len=config.train.seq_len,
+        global_batch=program.rows,
+        seed=config.train.seed,
+        tokenizer=load_tokenizer(config.tokenizer) if config.tokenizer.path else None,
+    )
+    if loader.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {config.model.vocab_size} is less than the {loader.vocab_size} tokens of the tokenizer "
+            f"that made the token store; set model.vocab_size={loader.vocab_size}"
+        )
+    return loader
 
 
 def loop(
     program: Program,
     state: TrainState,
-    first: int,
+    done: int,
     loader: Loader,
     checkpoints: Checkpoints,
     metrics: Metrics,
     signals: distributed.Signals,
-    started: float,
+    began: float,
 ) -> None:
-    """Steps `first + 1` to the last, with what is due between them: evaluation, checkpoints, a stop by signal."""
+    """Steps `done + 1` to the last, with what is due between them: evaluation, checkpoints, a stop by signal."""
     config, total = program.config, program.config.train.steps
-    if first >= total:
-        metrics.say(f"nothing to do: {config.run_dir} has done its {total:,} steps; raise train.steps to go on")
+    if done >= total:
+        metrics.say(f"nothing to do: {config.run_dir} has done {done:,} steps; raise train.steps to go on")
         return
-    compiled = program.train_step().lower(program.abstract_state(), program.abstract_batch()).compile()
-    batches = training_batches(program, loader, first)
-    evaluate = RunEvaluation(program, loader)
+    step_program = program.train_step().lower(program.abstract_state(), program.abstract_batch()).compile()
+    batches = training_batches(program, loader, done)
+    evaluation = RunEvaluation(program, loader)
     profiler = Profiler(config.run_dir, config.profile)
     metrics.mark()
-    for step in range(first + 1, total + 1):
-        waited = time.perf_counter()
+    for step in range(done + 1, total + 1):
+        asked = time.perf_counter()
         batch = next(batches)
-        waited = time.perf_counter() - waited
+        waited = time.perf_counter() - asked
         profiler.before(step)
-        state, values = compiled(state, batch)
+        state, values = step_program(state, batch)
         metrics.record(step, values, data_wait_seconds=waited)
         profiler.after(step, values)
-        if step == first + 1:
-            metrics.say(f"first step dispatched {time.perf_counter() - started:.1f} s after the start")
+        if step == done + 1:
+            jax.block_until_ready(values)
+            metrics.say(f"first step done {time.perf_counter() - began:.1f} s after the start")
         stop = distributed.agree(signals.stop_requested)
         eval_loss = None
-        if evaluate.due(step):
-            scores = evaluate(state.params)
+        if evaluation.due(step):
+            metrics.flush()
+            scores = evaluation(state.params)
             metrics.record_eval(step, scores)
             eval_loss = scores["eval_loss"]
         if stop or step == total or step % config.checkpoint.every == 0:
@@ -107,14 +144,13 @@ def loop(
                 step, state, meta=run_meta(step, config, loader), config_yaml=to_yaml(config), metric=eval_loss
             )
             metrics.mark()
-        if stop:
-            break
+        if stop and step < total:
+            checkpoints.wait()
+            metrics.say(f"stopped after step {step:,} and saved; resume with: maxlm train {config.run_dir}")
+            return
     profiler.close()
-    checkpoints.close()
-    if stop and step < total:
-        metrics.say(f"stopped after step {step:,} and saved; resume with: maxlm train {config.run_dir}/config.yaml")
-    else:
-        metrics.say(f"done: {total:,} steps, {total * config.train.global_batch_tokens:,} tokens, in {config.run_dir}")
+    checkpoints.wait()
+    metrics.say(f"done: {total:,} steps, {total * config.train.global_batch_tokens:,} tokens, in {config.run_dir}")
 
 
 class RunEvaluation:
@@ -131,13 +167,14 @@ class RunEvaluation:
 
     def __call__(self, params: Any) -> dict[str, float]:
         """The held-out scores of `params`."""
-        return self.evaluator(params, heldout_batches(self.program, self.loader))
+        scores = self.evaluator(params, heldout_batches(self.program, self.loader))
+        return {name: scores[name] for name in ("eval_loss", "eval_bits_per_byte")}
 
 
-def training_batches(program: Program, loader: Loader, first: int) -> Iterator[Batch]:
-    """The batches of step first + 1 and on, on the mesh; every process reads the rows of its own devices alone."""
+def training_batches(program: Program, loader: Loader, done: int) -> Iterator[Batch]:
+    """The batches of step done + 1 and on, on the mesh; every process reads the rows of its own devices alone."""
     rows = process_rows(program.batch_sharding, program.rows)
-    return device_batches(loader.iterate(first, rows), program.batch_sharding, program.rows)
+    return device_batches(loader.iterate(done, rows), program.batch_sharding, program.rows)
 
 
 def heldout_batches(program: Program, loader: Loader) -> Iterator[Batch]:
@@ -147,20 +184,20 @@ def heldout_batches(program: Program, loader: Loader) -> Iterator[Batch]:
     return device_batches(batches, program.batch_sharding, program.rows)
 
 
-def make_metrics(program: Program, run_dir: Path, first: int) -> Metrics:
+def make_metrics(program: Program, done: int) -> Metrics:
     """The run's log, with what turns tokens a second into MFU."""
     config = program.config
     devices = program.mesh.devices.flatten().tolist()
     peak, meaning = peak_flops_per_device(devices, config.precision.compute)
     metrics = Metrics(
-        run_dir,
+        config.run_dir,
         config.metrics,
         tokens_per_step=config.train.global_batch_tokens,
         model_flops_per_token=training_flops_per_token(config.model, config.train.seq_len),
         peak_flops_per_device=peak,
         n_devices=len(devices),
         total_steps=config.train.steps,
-        resume_step=first,
+        resume_step=done,
         main=distributed.is_main(),
     )
     metrics.say(f"MFU is model FLOP/s over the {meaning}")
@@ -177,8 +214,9 @@ def run_meta(step: int, config: RunConfig, loader: Loader) -> dict[str, Any]:
     }
 
 
-def write_run_files(program: Program, run_dir: Path) -> None:
+def write_run_files(program: Program) -> None:
     """The resolved config, and what the run runs on, for whoever opens the folder later."""
+    run_dir = Path(program.config.run_dir)
     parameters = count_parameters(program.config.model)
     about = {
         "command": sys.argv,
@@ -190,7 +228,9 @@ def write_run_files(program: Program, run_dir: Path) -> None:
         "versions": {
             "maxlm": maxlm.__version__,
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")},
+            **{
+                name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")
+            },
         },
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }

@@ -58,7 +58,9 @@ class Attention(nnx.Module):
             self.q_norm = Norm(k, "rms", config.norm_eps, init.at("q_norm"))
             self.k_norm = Norm(k, "rms", config.norm_eps, init.at("k_norm"))
 
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
         """Attention's addition to the residual stream, and the cache with these positions written."""
         x_BTD = constrain(x_BTD, "batch", "length", "embed")
         q_BTHK, k_BTGK, v_BTGK = self._project(x_BTD, context)

@@ -25,7 +25,9 @@ class Block(nnx.Module):
         self.mlp_norm = model_norm(config, init.at("mlp_norm"))
         self.mlp = MLP(config, dtype, init.at("mlp"))
 
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
         """The residual stream after the layer, and the layer's cache."""
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), context, cache)
         x_BTD = x_BTD + y_BTD

@@ -18,16 +18,21 @@ class RematConfig(Section):
     """Which activations of a layer are kept for the backward pass; the others are computed again."""
 
     policy: Literal["none", "full", "dots", "names"] = key(
-        "none", "none: keep everything; full: keep only each layer's input; dots: keep matmul results; names: keep `names`"
+        "none",
+        "none: keep everything; full: keep only each layer's input; dots: keep matmul results; names: keep `names`",
     )
     names: tuple[str, ...] = key((), f"activations kept by policy `names`, of {', '.join(REMAT_NAMES)}")
 
     @model_validator(mode="after")
     def _names_go_with_policy(self) -> RematConfig:
         if unknown := set(self.names) - set(REMAT_NAMES):
-            raise ValueError(f"names {sorted(unknown)} are not activations of a layer; they are {', '.join(REMAT_NAMES)}")
+            raise ValueError(
+                f"names {sorted(unknown)} are not activations of a layer; they are {', '.join(REMAT_NAMES)}"
+            )
         if (self.policy == "names") != bool(self.names):
-            raise ValueError(f"policy {self.policy!r} with names {list(self.names)}: `names` are given with policy 'names' only")
+            raise ValueError(
+                f"policy {self.policy!r} with names {list(self.names)}: `names` are given with policy 'names' only"
+            )
         return self
 
 
@@ -105,7 +110,9 @@ class PrecisionConfig(Section):
 class LossConfig(Section):
     """Next-token cross-entropy."""
 
-    z_loss: float = key(0.0, "weight of the squared log-partition in the loss (PaLM, arXiv:2204.02311, section 5)", ge=0)
+    z_loss: float = key(
+        0.0, "weight of the squared log-partition in the loss (PaLM, arXiv:2204.02311, section 5)", ge=0
+    )
     chunk_tokens: int | None = key(
         None, "tokens whose logits exist at once on a device; chosen by memory where not given", unit="tokens", ge=1
     )

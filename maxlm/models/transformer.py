@@ -26,7 +26,9 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, init: Initializer):
         self.dtype = dtype
-        self.tokens = init.normal("tokens", (config.padded_vocab_size, config.d_model), ("vocab", "embed"), config.init_std)
+        self.tokens = init.normal(
+            "tokens", (config.padded_vocab_size, config.d_model), ("vocab", "embed"), config.init_std
+        )
         if config.positions == "learned":
             shape = (config.max_seq_len, config.d_model)
             self.positions = init.normal("positions", shape, ("positions", "embed"), config.init_std)

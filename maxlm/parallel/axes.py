@@ -69,7 +69,10 @@ def weight_spec(logical: LogicalAxes, *, shard_over_data: bool = False) -> Parti
 def gathered_spec(logical: LogicalAxes) -> PartitionSpec:
     """The sharding of a weight where it is used: without the axes that only store it."""
     return PartitionSpec(
-        *(_entry(tuple(axis for axis in WEIGHTS[name] if axis not in STORAGE_AXES)) if name else None for name in logical)
+        *(
+            _entry(tuple(axis for axis in WEIGHTS[name] if axis not in STORAGE_AXES)) if name else None
+            for name in logical
+        )
     )
 
 

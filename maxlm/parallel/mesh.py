@@ -20,10 +20,14 @@ class MeshConfig(Section):
 
     pipeline: int = key(1, "stages of the pipeline", unit="devices", ge=-1)
     data: int = key(1, "replicas that each see other rows of the batch", unit="devices", ge=-1)
-    fsdp: int = key(-1, "as data, with weights, gradients and optimizer state sharded too (ZeRO-3)", ge=-1, unit="devices")
+    fsdp: int = key(
+        -1, "as data, with weights, gradients and optimizer state sharded too (ZeRO-3)", ge=-1, unit="devices"
+    )
     expert: int = key(1, "groups of experts", unit="devices", ge=-1)
     context: int = key(1, "pieces of each sequence inside attention", unit="devices", ge=-1)
-    tensor: int = key(1, "pieces of each matrix, with residuals sharded by sequence between them", unit="devices", ge=-1)
+    tensor: int = key(
+        1, "pieces of each matrix, with residuals sharded by sequence between them", unit="devices", ge=-1
+    )
     zero: Literal[0, 1, 3] = key(
         0, "what the `data` axis shards besides the batch: 0 nothing, 1 the optimizer state, 3 the weights as well"
     )

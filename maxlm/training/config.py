@@ -13,9 +13,13 @@ class SpikeConfig(Section):
     """Steps whose loss or gradient norm is not finite, or leaps, change nothing and are counted."""
 
     sigmas: float | None = key(
-        6.0, "skip a step whose loss or gradient norm is this many standard deviations above the recent mean; null: never", gt=0
+        6.0,
+        "skip a step whose loss or gradient norm is this many standard deviations above the recent mean; null: never",
+        gt=0,
     )
-    window: int = key(128, "accepted steps that make the mean and deviation; none is skipped before it is full", unit="steps", ge=8)
+    window: int = key(
+        128, "accepted steps that make the mean and deviation; none is skipped before it is full", unit="steps", ge=8
+    )
 
 
 class TrainConfig(Section):
@@ -38,7 +42,8 @@ class OptimizerConfig(Section):
     epsilon: float = key(1e-8, "added to the root of the second moment", gt=0)
     weight_decay: float = key(0.1, "decoupled weight decay, times the learning rate", ge=0)
     no_decay: tuple[str, ...] = key(
-        ("norm", "bias", "scale"), "parameters without weight decay: those with one of these words in a part of their name"
+        ("norm", "bias", "scale"),
+        "parameters without weight decay: those with one of these words in a part of their name",
     )
     clip_norm: float | None = key(1.0, "largest global gradient norm; null: no clipping", gt=0)
 

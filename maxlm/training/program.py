@@ -55,7 +55,8 @@ class Program:
         """A batch as shapes, formats and shardings."""
         shape = (self.rows, self.config.train.seq_len)
         return {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding) for name, dtype in BATCH_ARRAYS.items()
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding)
+            for name, dtype in BATCH_ARRAYS.items()
         }
 
     def abstract_state(self) -> TrainState:
