@@ -177,16 +177,7 @@ class Loader:
 
     def epochs(self, step: int) -> list[float]:
         """How often each store's windows have been seen before step `step`."""
-        given = [0] * len(self._stores)
-        if step:
-            # The stores of the last samples before the step say how many each gave; those not among them come once more.
-            remaining, sample = set(range(len(given))), step * self.global_batch
-            while remaining and sample:
-                sample -= 1
-                store, number = self._mixture.locate(sample)
-                if store in remaining:
-                    given[store] = number + 1
-                    remaining.discard(store)
+        given = self._mixture.counts(step * self.global_batch)
         return [count / n_windows for count, n_windows in zip(given, self._n_windows, strict=True)]
 
     def iterate(self, start_step: int, row_indices: np.ndarray) -> Iterator[dict[str, np.ndarray]]:

@@ -33,6 +33,17 @@ class Mixture:
         share = sum(self._weights[first:middle], Fraction()) / sum(self._weights[first:last], Fraction())
         return share.numerator, share.denominator, self._build(first, middle), self._build(middle, last)
 
+    def counts(self, n: int) -> list[int]:
+        """How many of the first `n` samples each store gives."""
+        return self._counts(self._tree, n)
+
+    def _counts(self, node: int | tuple, n: int) -> list[int]:
+        if not isinstance(node, tuple):
+            return [n]
+        numerator, denominator, left, right = node
+        to_left = (2 * n * numerator + denominator) // (2 * denominator)
+        return self._counts(left, to_left) + self._counts(right, n - to_left)
+
     def locate(self, index: int) -> tuple[int, int]:
         """The store of sample `index`, and how many samples that store gave before it."""
         node = self._tree

@@ -17,7 +17,8 @@ def document_starts(windows: np.ndarray, bos_id: int | None, eos_id: int | None)
     if bos_id is not None:
         return windows == bos_id
     starts = np.zeros(windows.shape, bool)
-    np.equal(windows[:, :-1], eos_id, out=starts[:, 1:])
+    if eos_id is not None:
+        np.equal(windows[:, :-1], eos_id, out=starts[:, 1:])
     return starts
 
 

@@ -66,7 +66,9 @@ def storage_error(error: Exception, where: str) -> StorageError | DataError:
             f"{where}: may not be written or read ({_last(message)}). Check its rights, or name another."
         )
     if re.search(r"DATA_LOSS|CRC-32C|checksum|Invalid data|corrupt|decod", message, re.IGNORECASE):
-        return DataError(f"{where}: damaged ({message[:300]}). Make the store again with `maxlm data prepare`.")
+        return DataError(
+            f"{where}: damaged ({message[:300]}). Remove the store and make it again with `maxlm data prepare`."
+        )
     return StorageError(f"{where}: storage failed: {message[:300]}.")
 
 

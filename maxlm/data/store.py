@@ -78,7 +78,7 @@ def _checksum(fields: dict[str, Any]) -> str:
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
     """Reads a manifest file. Raises DataError, naming it, where it is damaged or of another version."""
-    again = "Make the store again with `maxlm data prepare`."
+    again = "Remove the store and make it again with `maxlm data prepare`."
     try:
         fields = json.loads(content)
         checksum = fields.pop("checksum")
@@ -129,8 +129,8 @@ def open_array(storage: Storage, name: str, *, write: bool = False, context: Any
     except ValueError as error:
         message = str(error).split(" [", 1)[0]
         raise DataError(
-            f"{storage.where(name)}: an array of the token store is missing or damaged ({message}). Make the store "
-            "again with `maxlm data prepare`, or copy it again."
+            f"{storage.where(name)}: an array of the token store is missing or damaged ({message}). Remove the store "
+            "and make it again with `maxlm data prepare`, or copy it again."
         ) from None
 
 
@@ -182,7 +182,7 @@ class TokenStore:
         if array.shape != (size,) or array.dtype.name != dtype:
             raise DataError(
                 f"{self.storage.where(name)}: holds {array.dtype.name}{list(array.shape)}, the manifest says "
-                f"{dtype}[{size}]. The store is damaged; make it again with `maxlm data prepare`."
+                f"{dtype}[{size}]. The store is damaged; remove it and make it again with `maxlm data prepare`."
             )
 
     def array(self, name: str, *, context: Any = None) -> Any:

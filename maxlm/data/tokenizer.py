@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from maxlm.errors import DataError, MaxlmError
+from maxlm.errors import ConfigError, DataError, MaxlmError
 from maxlm.section import Section, key
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from maxlm.data.config import DataConfig
     from maxlm.data.tokenizer_backends import Backend
 
 SIDECAR = "maxlm_tokenizer.json"
@@ -280,3 +281,116 @@ def _resolve_specials(
         else:
             specials[name] = reader.own_special(name)
     return specials
+
+
+def train_tokenizer(
+    documents: Iterable[str], config: TokenizerConfig, out: str | Path, *, progress: bool = True
+) -> Tokenizer:
+    """Trains a tokenizer on `documents` and saves it in the folder `out`.
+
+    The same documents give the same tokenizer; but for unigram, whose scores `tokenizers` sums in an order that changes
+    from run to run, so that they differ by about 0.01 (its store and its fingerprint are then others, too).
+
+    Raises ConfigError where `vocab_size` is too small, DataError where there is no text, StorageError where `out`
+    cannot be written.
+    """
+    names = [config.bos, config.eos, config.pad, *([] if config.kind == "bpe" else [config.unk])]
+    special = list(dict.fromkeys(name for name in names if name))
+    alphabet = 0 if config.kind == "wordpiece" else 256
+    if config.vocab_size < alphabet + len(special):
+        raise ConfigError(
+            f"tokenizer.vocab_size is {config.vocab_size}, less than the {alphabet} bytes and {len(special)} special "
+            f"tokens that it begins with. Give at least {alphabet + len(special)}."
+        )
+    if not (config.bos or config.eos):
+        raise ConfigError("tokenizer.bos and tokenizer.eos are both left out: nothing would tell documents apart.")
+    if config.kind == "wordpiece" and isinstance(documents, Iterator):
+        documents = list(documents)  # they are read twice
+    trained, trainer = _untrained(config, special, documents, progress)
+    seen = 0
+
+    def counted() -> Iterable[str]:
+        nonlocal seen
+        for document in documents:
+            seen += 1
+            yield document
+
+    trained.train_from_iterator(counted(), trainer)
+    if not seen:
+        raise DataError("there are no documents to train a tokenizer on. Check data.sources.")
+    if config.bos:  # so that `transformers` begins a prompt as documents begin
+        from tokenizers import processors
+
+        bos = (config.bos, trained.token_to_id(config.bos))
+        trained.post_processor = processors.TemplateProcessing(
+            single=f"{config.bos} $A", pair=f"{config.bos} $A {config.bos} $B", special_tokens=[bos]
+        )
+    specials = {name: getattr(config, name) for name in SPECIALS}
+    content = _only_added(trained.to_str(), special)
+    tokenizer = Tokenizer("huggingface", content, specials, origin=str(Path(out) / FILE_NAMES["huggingface"]))
+    tokenizer.save(out)
+    return tokenizer
+
+
+def _only_added(spec: str, special: list[str]) -> bytes:
+    """A tokenizer.json in which only `special` tokens are special; see `_continuations`."""
+    fields = json.loads(spec)
+    fields["added_tokens"] = [token for token in fields["added_tokens"] if token["content"] in special]
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _continuations(documents: Iterable[str], pre_tokenizer: Any) -> list[str]:
+    """The `##c` that words need, sorted.
+
+    Left to itself, WordPieceTrainer numbers them in the order of a hash map, another one in each run, and breaks ties
+    by their numbers. Named as special tokens they come first, in this order.
+    """
+    words = {word for text in documents for word, _ in pre_tokenizer.pre_tokenize_str(text)}
+    return [f"##{character}" for character in sorted({character for word in words for character in word[1:]})]
+
+
+def _untrained(
+    config: TokenizerConfig, special: list[str], documents: Iterable[str], progress: bool
+) -> tuple[Any, Any]:
+    """An empty `tokenizers` tokenizer of the config's kind, and its trainer."""
+    from tokenizers import Tokenizer as Empty
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    common: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "special_tokens": special,
+        "show_progress": progress,
+    }
+    if config.kind == "wordpiece":
+        tokenizer = Empty(models.WordPiece(unk_token=config.unk))  # pyright: ignore[reportCallIssue]
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece(cleanup=False)
+        common["special_tokens"] = special + _continuations(documents, tokenizer.pre_tokenizer)
+        return tokenizer, trainers.WordPieceTrainer(min_frequency=config.min_frequency, **common)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if config.kind == "unigram":
+        tokenizer = Empty(models.Unigram())
+        trainer = trainers.UnigramTrainer(initial_alphabet=alphabet, unk_token=config.unk, **common)
+    else:
+        tokenizer = Empty(models.BPE())
+        trainer = trainers.BpeTrainer(initial_alphabet=alphabet, min_frequency=config.min_frequency, **common)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, trainer
+
+
+def train_from_config(
+    tokenizer: TokenizerConfig, data: DataConfig, out: str | Path | None = None, *, progress: bool = True
+) -> Tokenizer:
+    """Trains on the documents of `data.sources`, held-out ones aside, and saves to `out` or else `tokenizer.path`.
+
+    Raises as `train_tokenizer` and, for documents, as `maxlm data prepare`.
+    """
+    from maxlm.data.documents import TrainingTexts
+
+    folder = out or tokenizer.path
+    if folder is None:
+        raise ConfigError("tokenizer.path is not set: name the folder to save the tokenizer in.")
+    if Path(folder).is_file():
+        raise ConfigError(f"tokenizer.path is {folder}, a file. Name the folder to save the trained tokenizer in.")
+    return train_tokenizer(TrainingTexts(data), tokenizer, folder, progress=progress)
