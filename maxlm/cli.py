@@ -120,7 +120,8 @@ def data_prepare(args: argparse.Namespace) -> None:
     from maxlm.config import load_config
     from maxlm.data.prepare import prepare
 
-    prepare(load_config(args.config, args.overrides))
+    config = load_config(args.config, args.overrides)
+    prepare(config.data, config.tokenizer)
 
 
 def data_inspect(args: argparse.Namespace) -> None:
