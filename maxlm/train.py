@@ -94,8 +94,8 @@ def open_data(program: Program) -> Loader:
     )
     if loader.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"model.vocab_size = {config.model.vocab_size} is less than the {loader.vocab_size} tokens of the tokenizer "
-            f"that made the token store; set model.vocab_size={loader.vocab_size}"
+            f"model.vocab_size = {config.model.vocab_size} is less than the {loader.vocab_size} tokens of the "
+            f"tokenizer that made the token store; set model.vocab_size={loader.vocab_size}"
         )
     return loader
 
@@ -161,7 +161,7 @@ class RunEvaluation:
         self.evaluator = Evaluator(program.model, program.config.loss)
 
     def due(self, step: int) -> bool:
-        """Whether step `step` ends with an evaluation: at the end, and every so many steps, where there is held-out text."""
+        """Whether step `step` ends with an evaluation: the last one and every so many, where there is held-out text."""
         every = self.config.evaluation.every
         return self.loader.has_heldout and (step == self.config.train.steps or bool(every and step % every == 0))
 

@@ -1,7 +1,7 @@
-"""Parameters and FLOPs, counted once: metrics, the planner and the scaling laws all read this file.
+"""Parameters and FLOPs, counted once: metrics, planner and scaling laws all read this file.
 
-Conventions: a multiply-add is 2 FLOPs; only matmuls count; attention counts the pairs of positions that the mask leaves;
-the backward pass is twice the forward; recomputation (remat) is not model FLOPs.
+Conventions: a multiply-add is 2 FLOPs; only matmuls count; attention counts the pairs of positions that the mask
+leaves; the backward pass is twice the forward; recomputation (remat) is not model FLOPs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every module is made from: parameters with their logical axes, norms, and the cast-and-gather at the line of use.
+"""What every module is made from: parameters with their logical axes, norms, the cast and gather at the line of use.
 
 Shape letters, here and in every module: B batch, T query positions, S key positions, D d_model, F d_ff, H query heads,
 G key and value heads, K head width, V padded vocabulary, L layers.
@@ -19,8 +19,8 @@ from maxlm.parallel import axes
 class Initializer:
     """Makes parameters, each from the seed and its own name alone, so that adding one does not change another.
 
-    With partitionable threefry the values do not depend on the mesh either. `layers` stacks every parameter on a leading
-    axis, for `jax.lax.scan`.
+    With partitionable threefry the values do not depend on the mesh either. `layers` stacks every parameter on a
+    leading axis, for `jax.lax.scan`.
     """
 
     def __init__(self, key: jax.Array, dtype: jnp.dtype, path: str = "", layers: int | None = None):

@@ -77,7 +77,7 @@ class Transformer(nnx.Module):
         """The output projection `[V, D]` in the compute format, gathered where it was stored in pieces."""
         return use(self.embedding.tokens if self.config.tied_embeddings else self.head.kernel, self.dtype)
 
-    def _forward(self, tokens_BT, positions_BT, segments_BT, cache, lengths_B):
+    def _forward(self, tokens_BT, positions_BT, segments_BT, cache, lengths_B) -> tuple[jax.Array, Any]:
         rope = None
         if self.config.positions == "rope":
             rope = rope_angles(positions_BT, self.config.head_width, self.config.rope_theta)

@@ -77,7 +77,7 @@ def gathered_spec(logical: LogicalAxes) -> PartitionSpec:
 
 
 def gather(weight: jax.Array, logical: LogicalAxes) -> jax.Array:
-    """Brings a stored weight together where it is used: FSDP's all-gather, whose transpose reduce-scatters the gradient."""
+    """Brings a stored weight together where it is used: FSDP's all-gather. Its transpose scatters the gradient."""
     return reshard(weight, gathered_spec(logical))
 
 

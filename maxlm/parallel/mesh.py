@@ -49,7 +49,8 @@ def resolve_sizes(config: MeshConfig, n_devices: int) -> dict[str, int]:
         sizes[open_axes[0]] = n_devices // fixed
     if math.prod(sizes.values()) != n_devices:
         raise ClusterError(
-            f"mesh {_show(sizes)} needs {'a multiple of ' if open_axes else ''}{fixed} devices and there are {n_devices}; "
+            f"mesh {_show(sizes)} needs {'a multiple of ' if open_axes else ''}{fixed} devices and there are "
+            f"{n_devices}; "
             "change the axis sizes (mesh.AXIS=N), or give one of them -1 to fill up"
         )
     return sizes

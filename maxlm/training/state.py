@@ -45,7 +45,7 @@ class Placement:
 
     @classmethod
     def of(cls, model: Model, zero: int) -> Placement:
-        """The placement under `zero`: 0 or 1 keeps weights whole along `data`, 1 and 3 shard the optimizer state there."""
+        """The placement under `zero`: 3 shards the weights over `data` as over `fsdp`, 1 and 3 the optimizer state."""
 
         def specs(shard_over_data: bool) -> Params:
             return jax.tree.map(
@@ -85,7 +85,7 @@ def init_state(
 def abstract_state(
     model: Model, optimizer: optax.GradientTransformation, placement: Placement, window: int, mesh: jax.sharding.Mesh
 ) -> TrainState:
-    """The state as shapes, formats and shardings on `mesh`: what a checkpoint is restored into and a plan compiled for."""
+    """The state as shapes, formats and shardings: what a checkpoint is restored into, and a plan compiled for."""
     shapes = jax.eval_shape(lambda: init_state(model, optimizer, placement, window, jax.random.key(0)))
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -32,8 +32,9 @@ def make_train_step(
     """Builds `train_step(state, batch) -> (state, metrics)`, pure, to be jitted with the state donated.
 
     The loss is the mean over the batch's weighted targets, whatever the number of microbatches. A step whose loss or
-    gradient norm is not finite or leaps (`SpikeConfig`) leaves parameters, optimizer and guard as they were, is counted,
-    and costs no host round trip. Metrics: loss (with z-loss), nll (without), grad_norm, learning_rate, skipped_steps.
+    gradient norm is not finite or leaps (`SpikeConfig`) leaves parameters, optimizer and guard as they were, is
+    counted, and costs no host round trip. Metrics: loss (with z-loss), nll (without), grad_norm, learning_rate,
+    skipped_steps.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
