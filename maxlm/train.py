@@ -44,34 +44,40 @@ def train(config: RunConfig) -> None:
     support.check_mesh(config, dict(mesh.shape))
     program = Program(config, mesh)
     with RunLock(config.run_dir), distributed.Signals() as signals, jax.set_mesh(mesh):
-        loader = open_data(program)
         with Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint) as checkpoints:
+            check_same_run(checkpoints, config)
+            loader = open_data(program)
             state, done = start(program, checkpoints, loader)
             with make_metrics(program, done) as metrics:
                 loop(program, state, done, loader, checkpoints, metrics, signals, began)
 
 
 def start(program: Program, checkpoints: Checkpoints, loader: Loader) -> tuple[TrainState, int]:
-    """The state to go on from and the number of steps already done: a checkpoint's, or a new run's and 0.
-
-    Raises CheckpointError where the checkpoint is of another model, tokenizer or data than the config's.
-    """
-    config = program.config
-    if (before := checkpoints.newest_config()) is not None:
-        check_resume(yaml.safe_load(before), config)
+    """The state to go on from and the number of steps already done: a checkpoint's, or a new run's and 0."""
     restored = checkpoints.restore(program.abstract_state())
     if restored is None:
         state, done = program.init_state(), 0
     else:
         state, meta = restored
         done = meta["step"]
-        check_data(meta["data"], loader.fingerprint, config)
+        check_same_data(meta["data"], loader.fingerprint, program.config)
     if distributed.is_main():
         write_run_files(program)
     return state, done
 
 
-def check_data(before: dict[str, Any], now: dict[str, Any], config: RunConfig) -> None:
+def check_same_run(checkpoints: Checkpoints, config: RunConfig) -> None:
+    """Raises CheckpointError where the newest checkpoint is of another model, tokenizer or data than the config's."""
+    for step in reversed(checkpoints.steps()):
+        try:
+            before = checkpoints.read_config(step)
+        except CheckpointError:
+            continue  # a damaged one; `restore` reports it
+        check_resume(yaml.safe_load(before), config)
+        return
+
+
+def check_same_data(before: dict[str, Any], now: dict[str, Any], config: RunConfig) -> None:
     """Raises CheckpointError where the batches would not go on as they began, naming what differs."""
     changed = [f"  {name}: {before.get(name)} then, {now[name]} now" for name in now if before.get(name) != now[name]]
     if changed:
