@@ -1,0 +1,1 @@
+"""Sampling from a model, with a key-value cache, in batches."""

@@ -1,0 +1,209 @@
+"""Continuing prompts, in batches, with a key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxlm.errors import ConfigError, DataError
+from maxlm.inference.sampling import Sampling, sample
+from maxlm.kernels.cross_entropy import logits
+from maxlm.models.attention import LayerCache
+from maxlm.models.transformer import Model, Params, Transformer
+from maxlm.parallel.axes import activation_spec, constrain, shards_of
+
+# Prompts and caches come in lengths 32, 48, 64, 96, 128, ..., so that few programs are compiled for many prompts.
+SHORTEST_BUCKET = 32
+
+
+class Decoding(NamedTuple):
+    """What goes from one token to the next: `step` tokens are chosen in every row, the last of them is `token_B`."""
+
+    step: jax.Array
+    cache: LayerCache
+    lengths_B: jax.Array
+    token_B: jax.Array
+    done_B: jax.Array
+    chosen_BN: jax.Array
+
+
+def generate(
+    model: Model,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    eos_id: int | None,
+    seed: int,
+) -> list[list[int]]:
+    """Up to `max_tokens` new tokens for each prompt, without the `eos_id` that ends one early. Needs the current mesh.
+
+    The same seed gives a prompt the same tokens whatever else is in the batch, its own number in `prompts` apart.
+    Raises DataError for a prompt that is empty or not of the vocabulary, ConfigError where positions are learned and
+    prompt and new tokens together pass `model.max_seq_len`.
+    """
+    _check(model, prompts, max_tokens)
+    if not prompts:
+        return []
+    longest = max(len(prompt) for prompt in prompts)
+    limit = model.config.max_seq_len if model.config.positions == "learned" else None
+    width, space = bucket(longest, limit), bucket(longest + max_tokens, limit)
+    shards = shards_of("batch", jax.sharding.get_abstract_mesh())
+    n_rows = -(-len(prompts) // shards) * shards
+    tokens_BT = np.zeros((n_rows, width), np.int32)
+    lengths_B = np.ones(n_rows, np.int32)
+    for i, prompt in enumerate(prompts):
+        tokens_BT[i, : len(prompt)] = prompt
+        lengths_B[i] = len(prompt)
+    # Rows that only fill the batch up are done from the start.
+    done_B = np.arange(n_rows) >= len(prompts)
+    chosen_BN = _generate(
+        model, sampling, space, bucket(max_tokens), params, tokens_BT, lengths_B, done_B,
+        np.int32(max_tokens), np.int32(-1 if eos_id is None else eos_id), np.uint32(seed % 2**32),
+    )  # fmt: skip
+    return [_until(row[:max_tokens].tolist(), eos_id) for row in np.asarray(chosen_BN)[: len(prompts)]]
+
+
+def generate_run(
+    run_dir: str | Path,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    greedy: bool = False,
+    seed: int = 0,
+    step: int | None = None,
+) -> list[str]:
+    """The continuations of `prompts` by a run's model at `step`, or at its newest intact checkpoint.
+
+    A prompt gets the tokenizer's bos in front where it has one, as documents have in training.
+    """
+    from maxlm.data.tokenizer import load_tokenizer
+    from maxlm.inference.load import load_run
+
+    sampling = Sampling(0.0 if greedy else temperature, top_k, top_p)
+    run = load_run(run_dir, step)
+    tokenizer = load_tokenizer(run.config.tokenizer)
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = [start + tokens for tokens in tokenizer.encode_batch(list(prompts))]
+    with jax.set_mesh(run.mesh):
+        new = generate(
+            run.model, run.params, ids, max_tokens=max_tokens, sampling=sampling, eos_id=tokenizer.eos_id, seed=seed
+        )
+    return [tokenizer.decode(tokens) for tokens in new]
+
+
+def bucket(length: int, limit: int | None = None) -> int:
+    """The length that `length` is filled up to: the next power of two, or that and a half; at most `limit`."""
+    size = SHORTEST_BUCKET
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size if limit is None else min(size, limit)
+
+
+def prefill(module: Transformer, model: Model, tokens_BT: jax.Array, lengths_B: jax.Array, space: int):
+    """The logits `[B, V]` after each row's own last token, and a cache of `space` positions with the rows in it.
+
+    Rows are filled up on the right. The cache then also holds keys of the filling, but no token ever attends to them:
+    they come after every token of their row, and each is overwritten before the row has grown to its position.
+    """
+    cache = model.empty_cache(tokens_BT.shape[0], space)
+    x_BTD, cache = module.decode(tokens_BT, cache, jnp.zeros_like(lengths_B))
+    rows, stream = activation_spec("batch"), activation_spec("batch", "length", "embed")
+    last = jax.shard_map(
+        lambda x_BTD, lengths_B: jax.vmap(lambda x_TD, n: x_TD[n - 1][None])(x_BTD, lengths_B),
+        in_specs=(stream, rows),
+        out_specs=stream,
+    )
+    return next_logits(module, last(constrain(x_BTD, "batch", "length", "embed"), lengths_B)), cache
+
+
+def next_logits(module: Transformer, x_BTD: jax.Array) -> jax.Array:
+    """The float32 logits `[B, V]` of the last position of `x_BTD`, whole on every device of a row."""
+    config = module.config
+    scores = logits(x_BTD[:, -1:], module.head_weight(), vocab_size=config.vocab_size, softcap=config.logit_softcap)
+    return constrain(scores[:, 0], "batch", None)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _generate(
+    model: Model,
+    sampling: Sampling,
+    space: int,
+    n_out: int,
+    params: Params,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    done_B: jax.Array,
+    max_tokens: jax.Array,
+    eos_id: jax.Array,
+    seed: jax.Array,
+) -> jax.Array:
+    """The chosen tokens `[B, n_out]`, of which `max_tokens` are made; a row that is done goes on with `eos_id`."""
+    module = model.bind(_in_compute_format(model, params))
+    tokens_BT = constrain(tokens_BT, "batch", "length")
+    lengths_B, done_B = constrain(lengths_B, "batch"), constrain(done_B, "batch")
+    rows_B = constrain(jnp.arange(tokens_BT.shape[0], dtype=jnp.int32), "batch")
+
+    def choose(logits_BV, lengths_B, done_B):
+        token_B = jnp.where(done_B, eos_id, sample(logits_BV, sampling, seed, rows_B, lengths_B))
+        return token_B, done_B | (token_B == eos_id)
+
+    def unfinished(state: Decoding):
+        return (state.step < max_tokens) & ~jnp.all(state.done_B)
+
+    def one_token(state: Decoding) -> Decoding:
+        # A row that is done goes on in place of its last position, so that its cache never overflows.
+        x_BTD, cache = module.decode(jnp.maximum(state.token_B, 0)[:, None], state.cache, state.lengths_B)
+        lengths_B = state.lengths_B + ~state.done_B
+        token_B, done_B = choose(next_logits(module, x_BTD), lengths_B, state.done_B)
+        chosen_BN = jax.lax.dynamic_update_slice_in_dim(state.chosen_BN, token_B[:, None], state.step, axis=1)
+        return Decoding(state.step + 1, cache, lengths_B, token_B, done_B, chosen_BN)
+
+    logits_BV, cache = prefill(module, model, tokens_BT, lengths_B, space)
+    token_B, done_B = choose(logits_BV, lengths_B, done_B)
+    chosen_BN = constrain(jnp.full((tokens_BT.shape[0], n_out), eos_id, jnp.int32), "batch", "length")
+    chosen_BN = jax.lax.dynamic_update_slice_in_dim(chosen_BN, token_B[:, None], 0, axis=1)
+    start = Decoding(jnp.int32(1), cache, lengths_B, token_B, done_B, chosen_BN)
+    return jax.lax.while_loop(unfinished, one_token, start).chosen_BN
+
+
+def _in_compute_format(model: Model, params: Params) -> Params:
+    """The weights of matmuls cast once, and not again with every token. Norms stay: they compute in float32."""
+
+    def cast(logical: tuple[str, ...], weight: jax.Array) -> jax.Array:
+        return weight if "norm" in logical else weight.astype(model.precision.compute)
+
+    return jax.tree.map(cast, model.logical_axes(), params, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def _until(tokens: list[int], eos_id: int | None) -> list[int]:
+    return tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
+
+
+def _check(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens = {max_tokens}: at least 1 token must be asked for")
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise DataError(f"prompt {i} is empty, and the tokenizer has no bos to begin with; give it some text")
+        if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
+            raise DataError(
+                f"prompt {i} has token {max(prompt) if min(prompt) >= 0 else min(prompt)}, and the model has "
+                f"{model.config.vocab_size} tokens: the tokenizer is of another model"
+            )
+        limit = model.config.max_seq_len
+        if model.config.positions == "learned" and len(prompt) + max_tokens > limit:
+            raise ConfigError(
+                f"prompt {i} of {len(prompt)} tokens and {max_tokens} new ones pass model.max_seq_len = {limit}, and "
+                "the model has learned no positions after that; ask for fewer tokens, or shorten the prompt"
+            )

@@ -1,0 +1,1 @@
+"""Formats of others: models in and out."""

@@ -1,0 +1,51 @@
+"""Families of public models: which bricks they are, and what their configs and weights are called.
+
+A new family is one file with its `Family`, and its place in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from maxlm.errors import ConfigError
+from maxlm.models.config import ModelConfig
+from maxlm.models.families.gpt2 import GPT2
+from maxlm.models.families.llama import LLAMA
+from maxlm.models.families.table import Family
+
+FAMILIES = (LLAMA, GPT2)
+
+
+def family_for(config: ModelConfig) -> Family:
+    """The family that a model is of. Raises ConfigError that says, for each family, which keys do not fit it."""
+    misfits = {family.model_type: family.misfits_of(config) for family in FAMILIES}
+    for family in FAMILIES:
+        if not misfits[family.model_type]:
+            return family
+    lines = [f"  {name}: {'; '.join(wrong)}" for name, wrong in misfits.items()]
+    raise ConfigError("this model has no equal among the families that can be exported:\n" + "\n".join(lines))
+
+
+def family_of(theirs: Mapping[str, Any], origin: str) -> Family:
+    """The family that a config.json is of, by its `model_type`. Raises ConfigError, naming the file `origin`."""
+    known = {family.model_type: family for family in FAMILIES}
+    name = theirs.get("model_type")
+    if not isinstance(name, str) or name not in known:
+        raise ConfigError(f"{origin}: model_type = {name!r}; the types that can be read are {', '.join(known)}")
+    family, architectures = known[name], theirs.get("architectures")
+    if architectures is not None and family.architecture not in architectures:
+        raise ConfigError(
+            f"{origin}: architectures = {architectures!r}; of {name} models {family.architecture} can be read"
+        )
+    return family
+
+
+def to_hf_config(config: ModelConfig, *, dtype: str, special_ids: Mapping[str, int | None]) -> dict[str, Any]:
+    """The config.json of a model; `special_ids` are the ids of `bos`, `eos` and `pad`. Raises ConfigError."""
+    return family_for(config).to_hf_config(config, dtype=dtype, special_ids=special_ids)
+
+
+def from_hf_config(theirs: Mapping[str, Any], origin: str = "config.json") -> ModelConfig:
+    """The model of a config.json. Raises ConfigError that names what has no equal here."""
+    return family_of(theirs, origin).from_hf_config(theirs, origin)

@@ -1,0 +1,215 @@
+"""What a family of public models is: one table of weight names and one of config keys, each read in both directions."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from maxlm.errors import ConfigError
+from maxlm.models.config import ModelConfig
+
+# Keys of a Hugging Face config.json, of any family, that do not change what the model computes.
+BOOKKEEPING = frozenset(
+    [
+        "architectures",
+        "model_type",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "_name_or_path",
+        "use_cache",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+        "sep_token_id",
+        "task_specific_params",
+        "_commit_hash",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+    ]
+)
+
+
+def always(config: ModelConfig) -> bool:
+    """For weights that every model of the family has."""
+    return True
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A line of the table of weights: where a tensor lies here and there, and how its axes are laid.
+
+    `layout` says both ways at once: `dhk -> (hk)d` is our `[d, h, k]` as their matrix of `h * k` rows and `d` columns,
+    in letters d embed, h heads, g key-value heads, k head width, f mlp, v vocabulary, p positions. Several of ours are
+    one of theirs, joined along its last axis. `{layer}` in `theirs` stands for the leading axis of ours.
+    """
+
+    ours: tuple[str, ...]
+    theirs: str
+    layout: str
+    when: Callable[[ModelConfig], bool] = always
+
+    @property
+    def layered(self) -> bool:
+        """Whether ours are stacked over layers and theirs are a tensor a layer."""
+        return "{layer}" in self.theirs
+
+    def shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """The shape of their tensor."""
+        _, groups = self._axes()
+        shape = [math.prod(_sizes(config)[letter] for letter in group) for group in groups]
+        return (*shape[:-1], shape[-1] * len(self.ours))
+
+    def our_shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """The shape of each of ours, of one layer, the vocabulary padded."""
+        letters, _ = self._axes()
+        sizes = _sizes(config) | {"v": config.padded_vocab_size}
+        return tuple(sizes[letter] for letter in letters)
+
+    def export(self, arrays: list[np.ndarray], config: ModelConfig) -> np.ndarray:
+        """Their tensor from ours, of one layer; the vocabulary's padding is cut off."""
+        letters, groups = self._axes()
+        order = [letters.index(letter) for group in groups for letter in group]
+        shape = self.shape(config)
+        parts = []
+        for array in arrays:
+            if "v" in letters:
+                array = np.take(array, range(config.vocab_size), axis=letters.index("v"))
+            parts.append(array.transpose(order).reshape(*shape[:-1], shape[-1] // len(arrays)))
+        return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1))
+
+    def read(self, tensor: np.ndarray, config: ModelConfig) -> list[np.ndarray]:
+        """Ours, of one layer, from their tensor; rows of the padded vocabulary are zeros."""
+        letters, groups = self._axes()
+        flat = [letter for group in groups for letter in group]
+        back = [flat.index(letter) for letter in letters]
+        arrays = []
+        for part in np.split(tensor, len(self.ours), axis=-1):
+            array = part.reshape([_sizes(config)[letter] for letter in flat]).transpose(back)
+            padding = [(0, to - now) for to, now in zip(self.our_shape(config), array.shape, strict=True)]
+            arrays.append(np.pad(array, padding) if "v" in letters else array)
+        return arrays
+
+    def _axes(self) -> tuple[str, list[str]]:
+        ours, theirs = self.layout.split(" -> ")
+        return ours, [group.strip("()") for group in re.findall(r"\(\w+\)|\w", theirs)]
+
+
+def _sizes(c: ModelConfig) -> dict[str, int]:
+    sizes = {"d": c.d_model, "h": c.n_heads, "g": c.kv_heads, "k": c.head_width, "f": c.d_ff}
+    return sizes | {"v": c.vocab_size, "p": c.max_seq_len}
+
+
+def _same(config: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(config)
+
+
+def _no_misfits(config: ModelConfig) -> Iterator[str]:
+    return iter(())
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of public models, as the bricks that it is made of."""
+
+    model_type: str
+    """its name in config.json"""
+    architecture: str
+    """transformers' class for it"""
+    keys: Mapping[str, str]
+    """sizes and choices: their config key to ours"""
+    defaults: Mapping[str, Any]
+    """what transformers takes for a key of theirs that is not in config.json"""
+    bricks: Mapping[str, Any]
+    """our keys that have one value in this family"""
+    constants: Mapping[str, Any]
+    """their keys that have one value where our bricks are equal to theirs; written on export"""
+    weights: tuple[Weight, ...]
+    prefix: str
+    """of the names of all weights but the head's; files of the bare model lack it"""
+    embedding: str
+    """the name of the token embedding, which a tied head is"""
+    synonyms: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """further values of constants that mean the same"""
+    harmless: frozenset[str] = frozenset()
+    """their keys that bear on training alone, or on other heads"""
+    buffers: str = r"(?!)"
+    """a pattern of names of tensors in the files that are no weights"""
+    read_config: Callable[[Mapping[str, Any]], dict[str, Any]] = _same
+    """brings other spellings of config.json to the keys above"""
+    misfits: Callable[[ModelConfig], Iterator[str]] = _no_misfits
+    """what else keeps a model out of the family, a clause each"""
+
+    def misfits_of(self, config: ModelConfig) -> list[str]:
+        """Why a model is not of this family, a clause for each key; none where it is."""
+        wrong = [
+            f"model.{ours} = {getattr(config, ours)!r} (it has {value!r})"
+            for ours, value in self.bricks.items()
+            if getattr(config, ours) != value
+        ]
+        return wrong + list(self.misfits(config))
+
+    def tensors(self, config: ModelConfig) -> dict[str, tuple[Weight, int]]:
+        """Every tensor of the model's files by name, in order of names, with its line of the table and its layer."""
+        named = {
+            weight.theirs.format(layer=layer): (weight, layer)
+            for weight in self.weights
+            if weight.when(config)
+            for layer in range(config.n_layers if weight.layered else 1)
+        }
+        return dict(sorted(named.items()))
+
+    def to_hf_config(self, config: ModelConfig, *, dtype: str, special_ids: Mapping[str, int | None]) -> dict[str, Any]:
+        """The config.json of a model that fits. `special_ids` are by `bos`, `eos` and `pad`."""
+        filled = {"n_kv_heads": config.kv_heads, "head_dim": config.head_width}
+        theirs = {key: filled.get(ours, getattr(config, ours)) for key, ours in self.keys.items()}
+        ids = {f"{name}_token_id": special_ids.get(name) for name in ("bos", "eos", "pad")}
+        about = {"architectures": [self.architecture], "model_type": self.model_type, "torch_dtype": dtype}
+        return dict(sorted((about | theirs | dict(self.constants) | ids | {"use_cache": True}).items()))
+
+    def from_hf_config(self, theirs: Mapping[str, Any], origin: str) -> ModelConfig:
+        """The model of the config.json `origin`. Raises ConfigError, naming every key that has no equal here."""
+        read = self.read_config(theirs)
+        problems = []
+        for key, value in sorted(read.items()):
+            if key in self.keys or key in self.harmless or key in BOOKKEEPING:
+                continue
+            if key not in self.constants:
+                if value not in (None, False):
+                    problems.append(f"{key} = {value!r}: not known for {self.model_type} models here")
+            elif value not in (self.constants[key], *self.synonyms.get(key, ())):
+                problems.append(
+                    f"{key} = {value!r}: only {self.constants[key]!r} is what maxlm's {self.model_type} does"
+                )
+        if problems:
+            raise ConfigError(f"{origin}: this model cannot be read:\n  " + "\n  ".join(problems))
+        values = {ours: read.get(key, self.defaults.get(key)) for key, ours in self.keys.items()}
+        values = {ours: value for ours, value in values.items() if value is not None}
+        return self._model_config(values | dict(self.bricks), origin)
+
+    def _model_config(self, values: dict[str, Any], origin: str) -> ModelConfig:
+        theirs = {ours: key for key, ours in self.keys.items()}
+        try:
+            config = ModelConfig.model_validate_json(json.dumps(values), strict=True)
+        except ValidationError as error:
+            lines = []
+            for problem in error.errors():
+                ours = str(problem["loc"][0]) if problem["loc"] else ""
+                lines.append(f"{theirs.get(ours, ours)} ({ours}): {problem['msg']}" if ours else problem["msg"])
+            raise ConfigError(f"{origin}: this model cannot be read:\n  " + "\n  ".join(lines)) from None
+        if misfits := self.misfits_of(config):
+            raise ConfigError(f"{origin}: not a {self.model_type} model that transformers makes: " + "; ".join(misfits))
+        return config
