@@ -43,13 +43,17 @@ def train(config: RunConfig) -> None:
     mesh = make_mesh(config.mesh)
     support.check_mesh(config, dict(mesh.shape))
     program = Program(config, mesh)
-    with RunLock(config.run_dir), distributed.Signals() as signals, jax.set_mesh(mesh):
-        with Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint) as checkpoints:
-            check_same_run(checkpoints, config)
-            loader = open_data(program)
-            state, done = start(program, checkpoints, loader)
-            with make_metrics(program, done) as metrics:
-                loop(program, state, done, loader, checkpoints, metrics, signals, began)
+    with (
+        RunLock(config.run_dir),
+        distributed.Signals() as signals,
+        jax.set_mesh(mesh),
+        Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint) as checkpoints,
+    ):
+        check_same_run(checkpoints, config)
+        loader = open_data(program)
+        state, done = start(program, checkpoints, loader)
+        with make_metrics(program, done) as metrics:
+            loop(program, state, done, loader, checkpoints, metrics, signals, began)
 
 
 def start(program: Program, checkpoints: Checkpoints, loader: Loader) -> tuple[TrainState, int]:
