@@ -434,6 +434,10 @@ def _fail(error: BaseException, message: str, code: int) -> int:
 
         traceback.print_exception(error)
     print(f"error: {message}", file=sys.stderr)
+    if "jax" in sys.modules:
+        from maxlm.parallel.distributed import leave
+
+        leave(code)
     return code
 
 

@@ -64,6 +64,15 @@ if me == 1:
 distributed.barrier("never reached by process 1")
 """
 
+FAILS_IN_ONE_COMMAND = """
+import sys
+from maxlm import cli
+distributed.barrier("start")
+if me == 1:
+    sys.exit(cli.main(["config", "no-such-config.yaml"]))
+distributed.barrier("never reached by process 1")
+"""
+
 
 def results(outputs: list) -> list[str]:
     """What each process printed after RESULT."""
@@ -86,11 +95,19 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step():
 
 
 @pytest.mark.processes
-def test_an_error_in_one_process_ends_all_soon():
+@pytest.mark.parametrize(
+    ("code", "exit_code", "message"),
+    [
+        (FAILS_IN_ONE, 5, "the disk of process 1 is full"),
+        (FAILS_IN_ONE_COMMAND, 2, "error: .*no-such-config.yaml"),
+    ],
+    ids=["uncaught", "command"],
+)
+def test_an_error_in_one_process_ends_all_soon(code, exit_code, message):
     started = time.monotonic()
-    first, second = run_processes(2, ["-c", START + FAILS_IN_ONE], check=False)
-    assert second.returncode == 5, report(second)
-    assert "the disk of process 1 is full" in second.stderr
+    first, second = run_processes(2, ["-c", START + code], check=False)
+    assert second.returncode == exit_code, report(second)
+    assert re.search(message, second.stderr)
     assert first.returncode == 1, report(first)
     assert time.monotonic() - started < 30
 
