@@ -92,7 +92,8 @@ def describe(source: SourceConfig) -> str:
 
 def _list_source(number: int, source: SourceConfig) -> list[WorkItem]:
     if source.kind in ("tfds", "huggingface"):
-        n_examples, stamp = len(_load_dataset(source.model_dump_json(), number)), f"{source.split} {source.subset}"
+        dataset = _load_dataset(source.model_dump_json(), number)
+        n_examples, stamp = len(dataset), f"{source.split} {source.subset} {getattr(dataset, '_fingerprint', '')}"
         starts = range(0, n_examples, _EXAMPLES_A_ITEM)
         pieces = [Piece(str(source.dataset), i, min(i + _EXAMPLES_A_ITEM, n_examples), stamp) for i in starts]
         return [WorkItem(number, (piece,), (piece.stop - piece.start) * 1024) for piece in pieces]
