@@ -1,0 +1,1 @@
+"""What must be manual on each device: attention, cross-entropy, embedding. Each works on global arrays inside a mesh."""

@@ -1,0 +1,137 @@
+"""Scaled dot-product attention over global arrays: one call, whose implementation the mesh's devices decide.
+
+Shape letters as in `attention_reference.py`. Batches are shared over the mesh's batch axes and heads over its tensor axis,
+so that every device attends with whole rows of its own heads and nothing travels.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from maxlm.kernels import attention_chunked
+from maxlm.kernels.attention_chunked import Chunking
+from maxlm.kernels.attention_reference import attention_reference
+from maxlm.kernels.manual import bring, on_each_device, platform
+from maxlm.kernels.masks import Mask
+from maxlm.parallel.axes import activation_spec
+
+IMPLEMENTATIONS = ("auto", "reference", "chunked")
+
+# Lengths of the tiles of the score matrix. On a CPU the tiles of a few heads should stay in the caches: 128 x 128 was the
+# fastest from 64 to 512 (docs/performance-log.md). Elsewhere a scan step has to be worth its launches.
+CPU_TILE, ACCELERATOR_TILE = 128, 512
+
+
+def attention(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGV: jax.Array,
+    *,
+    mask: Mask,
+    segments_BT: jax.Array | None = None,
+    kv_segments_BS: jax.Array | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    q_offset_B: jax.Array | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Each query's average of the values, weighted by softmax of its scores with the keys that it may attend to.
+
+    Each of the G key and value heads serves H / G query heads in order (arXiv:2305.13245). A query attends to keys
+    that `mask` allows and, with segments, that have its own segment number, which is not 0. Queries with nothing to
+    attend to give 0. Scores are `softcap * tanh(scale q.k / softcap)` (arXiv:2408.00118), scale 1 / sqrt(K) unless
+    given. Softmax and sums are in float32 whatever the dtypes.
+
+    `kv_segments_BS` is `segments_BT` unless given. `q_offset_B` (int32) places query t of row b at position
+    t + q_offset_B[b] among the keys, for decoding with a cache, and always runs the reference. Backward of the chunked
+    implementation needs what is named `flash_out` and `flash_lse`, for remat policies that save by name.
+
+    Returns `[B, T, H, V]` in q's dtype. Raises ValueError on shapes that do not fit or an unknown implementation.
+    """
+    _check_shapes(q_BTHK, k_BSGK, v_BSGV, segments_BT, kv_segments_BS)
+    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    if segments_BT is not None and kv_segments_BS is None:
+        kv_segments_BS = segments_BT
+    q_BTHK = bring(q_BTHK, activation_spec("batch", "length", "heads", None))
+    k_BSGK = bring(k_BSGK, activation_spec("batch", "length", "kv_heads", None))
+    v_BSGV = bring(v_BSGV, activation_spec("batch", "length", "kv_heads", None))
+    if segments_BT is not None:
+        segments_BT = bring(segments_BT, activation_spec("batch", "length"))
+        kv_segments_BS = bring(kv_segments_BS, activation_spec("batch", "length"))
+    if choose(implementation, cached=q_offset_B is not None) == "reference":
+        if q_offset_B is not None:
+            q_offset_B = bring(q_offset_B, activation_spec("batch"))
+        local = partial(attention_reference, mask=mask, scale=scale, softcap=softcap)
+        specs = (*_specs(), activation_spec("batch"))
+        run = on_each_device(local, specs, activation_spec("batch", "length", "heads", None))
+        return run(q_BTHK, k_BSGK, v_BSGV, segments_BT, kv_segments_BS, q_offset_B)
+    tile = CPU_TILE if platform() == "cpu" else ACCELERATOR_TILE
+    how = Chunking(mask=mask, scale=scale, softcap=softcap, q_tile=tile, kv_tile=tile)
+    return _chunked(q_BTHK, k_BSGK, v_BSGV, segments_BT, kv_segments_BS, how)
+
+
+def choose(implementation: str, *, cached: bool) -> str:
+    """The implementation that a call runs: the asked one, except that cached decoding has only the reference."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if cached:
+        return "reference"
+    return "chunked" if implementation == "auto" else implementation
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _chunked(q, k, v, segments, kv_segments, how: Chunking) -> jax.Array:
+    return _chunked_forward(q, k, v, segments, kv_segments, how)[0]
+
+
+def _chunked_forward(q, k, v, segments, kv_segments, how: Chunking):
+    out_specs = (activation_spec("batch", "length", "heads", None), activation_spec("batch", "length", "heads"))
+    run = on_each_device(partial(attention_chunked.forward, how=how), _specs(), out_specs)
+    o, lse = run(q, k, v, segments, kv_segments)
+    o, lse = checkpoint_name(o, "flash_out"), checkpoint_name(lse, "flash_lse")
+    return o, (q, k, v, segments, kv_segments, o, lse)
+
+
+def _chunked_backward(how: Chunking, residuals, do):
+    q_spec, kv_spec, _, *segment_specs = _specs()
+    in_specs = (q_spec, kv_spec, kv_spec, *segment_specs, q_spec, activation_spec("batch", "length", "heads"), q_spec)
+    run = on_each_device(partial(attention_chunked.backward, how=how), in_specs, (q_spec, kv_spec, kv_spec))
+    return (*run(*residuals, bring(do, q_spec)), None, None)
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _specs():
+    """Shardings of q, k, v and the two arrays of segments."""
+    q = activation_spec("batch", "length", "heads", None)
+    kv = activation_spec("batch", "length", "kv_heads", None)
+    segments = activation_spec("batch", "length")
+    return q, kv, kv, segments, segments
+
+
+def _check_shapes(q, k, v, segments, kv_segments) -> None:
+    B, T, H, K = q.shape
+    S, G = k.shape[1], k.shape[2]
+    problems = []
+    if k.shape != (B, S, G, K):
+        problems.append(f"keys {k.shape} do not fit queries {q.shape}")
+    if v.shape[:3] != (B, S, G):
+        problems.append(f"values {v.shape} do not fit keys {k.shape}")
+    if H % G:
+        problems.append(f"{H} query heads are not a multiple of {G} key heads")
+    if segments is None and kv_segments is not None:
+        problems.append("segments of keys are given and those of queries are not")
+    if segments is not None and segments.shape != (B, T):
+        problems.append(f"segments {segments.shape} do not fit queries {q.shape}")
+    if segments is not None and (segments if kv_segments is None else kv_segments).shape != (B, S):
+        problems.append(f"segments of the keys do not fit keys {k.shape}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            problems.append(f"{name} has dtype {x.dtype}, which is not floating point")
+    if problems:
+        raise ValueError("attention: " + "; ".join(problems))

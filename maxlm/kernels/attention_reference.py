@@ -1,0 +1,48 @@
+"""Attention in plain jnp, on one device's share: the whole score matrix, and the truth that other implementations meet.
+
+Shape letters: B batch, T queries, S keys, H query heads, G key and value heads, R query heads a key head (H = G R),
+K width of queries and keys, V width of values.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.kernels.masks import Mask
+
+
+def attention_reference(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGV: jax.Array,
+    segments_BT: jax.Array | None,
+    kv_segments_BS: jax.Array | None,
+    q_offset_B: jax.Array | None,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+) -> jax.Array:
+    """`softmax(mask(softcap(scale q k))) v`, `[B, T, H, V]` in q's dtype; arguments as of `attention.attention`."""
+    B, T, H, K = q_BTHK.shape
+    S, G, V = k_BSGK.shape[1], k_BSGK.shape[2], v_BSGV.shape[3]
+    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
+    s_BGRTS = scale * jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        s_BGRTS = softcap * jnp.tanh(s_BGRTS / softcap)
+    q_index = jnp.arange(T)[None, :, None]
+    if q_offset_B is not None:
+        q_index = q_index + q_offset_B[:, None, None]
+    allowed_BTS = mask.allows(q_index, jnp.arange(S)[None, None, :])
+    if segments_BT is not None and kv_segments_BS is not None:
+        same_BTS = segments_BT[:, :, None] == kv_segments_BS[:, None, :]
+        allowed_BTS = allowed_BTS & same_BTS & (kv_segments_BS != 0)[:, None, :]
+    allowed = allowed_BTS[:, None, None]
+    # The floor keeps a row of -inf from giving inf - inf: it becomes a row of zeros.
+    top = jnp.maximum(jnp.max(jnp.where(allowed, s_BGRTS, -jnp.inf), axis=-1, keepdims=True), -1e30)
+    p_BGRTS = jnp.where(allowed, jnp.exp(jnp.where(allowed, s_BGRTS, top) - jax.lax.stop_gradient(top)), 0.0)
+    total = jnp.sum(p_BGRTS, axis=-1, keepdims=True)
+    p_BGRTS = p_BGRTS / jnp.where(total == 0.0, 1.0, total)
+    o_BTGRV = jnp.einsum("bgrts,bsgv->btgrv", p_BGRTS, v_BSGV.astype(jnp.float32), preferred_element_type=jnp.float32)
+    return o_BTGRV.reshape(B, T, H, V).astype(q_BTHK.dtype)
