@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +129,18 @@ def data_inspect(args: argparse.Namespace) -> None:
     from maxlm.data.prepare import inspect
 
     facts = inspect(args.store)
-    print_table([{"what": name, "value": value} for name, value in facts.items()], args.json, as_json=facts)
+    rows = [{"what": name, "value": value} for name, value in _flat(facts) if name != "samples"]
+    print_table(rows, args.json, as_json=facts)
+    for sample in () if args.json else facts["samples"]:
+        print(f"\n{sample['split']} document {sample['document']:,}, {sample['tokens']:,} tokens:\n{sample['text']}")
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, ", ".join(value) if name == "sources" else value
 
 
 def tokenizer_train(args: argparse.Namespace) -> None:

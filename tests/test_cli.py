@@ -279,3 +279,26 @@ def _refuse():
 def test_the_config_that_is_printed_is_plain_yaml(capsys):
     assert cli.main(["config", "llama3-8b"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["model"]["n_layers"] == 32
+
+
+def test_text_becomes_a_tokenizer_and_a_store_by_two_commands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()
+    for i in range(40):
+        Path(f"texts/{i}.txt").write_text(f"Document number {i} says the same words, again and again.\n" * 5)
+    sources = ["data.sources=[{kind: text, paths: [texts]}]", "data.workers=1", "data.heldout_fraction=0.2"]
+    assert cli.main(["data", "prepare", "quickstart", *sources]) == DataError.exit_code
+    assert "maxlm tokenizer train" in capsys.readouterr().err
+    assert cli.main(["tokenizer", "train", "quickstart", "tokenizer.vocab_size=300", *sources]) == 0
+    assert "300 tokens; next: maxlm data prepare quickstart" in capsys.readouterr().out
+    assert cli.main(["data", "prepare", "quickstart", *sources]) == 0
+    capsys.readouterr()
+
+    assert cli.main(["data", "inspect", "runs/quickstart/store", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["train"]["documents"] + facts["heldout"]["documents"] == 40
+    assert facts["vocab_size"] == 300
+    assert cli.main(["data", "inspect", "runs/quickstart/store"]) == 0
+    table = capsys.readouterr().out
+    assert "train.documents" in table
+    assert "Document number" in table

@@ -191,7 +191,9 @@ def load_tokenizer(source: str | Path | TokenizerConfig) -> Tokenizer:
         else:
             files = {path.name: path.read_bytes()}
     except FileNotFoundError:
-        raise DataError(f"{path}: no tokenizer here. Check tokenizer.path, or train one there.") from None
+        raise DataError(
+            f"{path}: no tokenizer here. Check tokenizer.path, or train one there with `maxlm tokenizer train CONFIG`."
+        ) from None
     except OSError as error:
         raise DataError(f"{path}: the tokenizer cannot be read: {error.strerror}.") from None
     return tokenizer_from_files(files, str(path), config)
