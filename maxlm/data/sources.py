@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import glob
+import gzip
 import hashlib
 import importlib
-import io
 import json
 import os
 import sysconfig
@@ -266,9 +266,8 @@ def _read_text(path: str) -> Document | Bad:
 def _read_jsonl(piece: Piece, field: str) -> Iterator[Document | Bad]:
     """The lines that begin in the piece. Line numbers are counted only when one is asked for."""
     if piece.path.endswith((".gz", ".zst")):
-        with _open_compressed(piece.path) as file:
-            for number, line in enumerate(file, 1):
-                yield _json_line(line, field, lambda n=number: f"{piece.path}:{n}")
+        for number, line in enumerate(_compressed_lines(piece.path), 1):
+            yield _json_line(line, field, lambda n=number: f"{piece.path}:{n}")
         return
     with open(piece.path, "rb") as file:
         file.seek(max(0, piece.start - 1))
@@ -311,36 +310,37 @@ def _json_line(line: bytes, field: str, place: Any) -> Document | Bad:
     return document
 
 
-def _open_compressed(path: str) -> Any:
+def _compressed_lines(path: str) -> Iterator[bytes]:
+    """The lines of a .gz or .zst file. Raises OSError, EOFError or zlib.error where it is damaged or cut off."""
     if path.endswith(".gz"):
-        import gzip
+        with gzip.open(path, "rb") as file:
+            yield from file
+        return
+    rest = b""
+    for block in _zstd_blocks(path):
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
 
-        return gzip.open(path, "rb")
+
+def _zstd_blocks(path: str) -> Iterator[bytes]:
+    """Decompresses frame by frame: zstandard's own reader takes a file that is cut off for a whole one."""
     zstandard = _need("zstandard", "maxlm[data]", path)
-
-    class Stream(io.RawIOBase):
-        """zstandard's own error, made one that readers of files expect."""
-
-        def __init__(self):
-            self._file = open(path, "rb")  # noqa: SIM115 (closed in close)
-            self._stream = zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(
-                self._file, read_across_frames=True
-            )
-
-        def readable(self) -> bool:
-            return True
-
-        def readinto(self, buffer: Any) -> int:
-            try:
-                return self._stream.readinto(buffer)
-            except zstandard.ZstdError as error:
-                raise OSError(0, str(error)) from None
-
-        def close(self) -> None:
-            self._file.close()
-            super().close()
-
-    return io.BufferedReader(Stream(), MIB)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+    frame = None
+    with open(path, "rb") as file:
+        while block := file.read(MIB):
+            while block:
+                frame = frame or decompressor.decompressobj()
+                try:
+                    yield frame.decompress(block)
+                except zstandard.ZstdError as error:
+                    raise OSError(0, str(error)) from None
+                block = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("it ends inside of a compressed frame")
 
 
 def _need(module: str, extra: str, where: str) -> Any:

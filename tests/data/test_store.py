@@ -36,7 +36,7 @@ def test_relative_path_is_of_the_present_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("url", ["ftp://host/x", "gs://bucket", "s3://", "file://relative", "", "https://host/store"])
 def test_url_that_cannot_be_a_store_is_refused(url):
-    with pytest.raises(ConfigError, match="store|needs|path"):
+    with pytest.raises(ConfigError, match=r"store|needs|path"):
         kvstore_spec(url)
 
 

@@ -150,12 +150,12 @@ def sentencepiece_model(tmp_path_factory):
 
 def test_sentencepiece_model_loads(sentencepiece_model, tmp_path):
     loaded = load_tokenizer(sentencepiece_model)
-    ids = loaded.encode("the store of tokens é \x07")
-    assert loaded.decode(ids) == "the store of tokens é \x07"
+    ids = loaded.encode("the store of tokens é ☃")
+    assert loaded.decode(ids) == "the store of tokens é ☃"
     assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (1, 2, None)
     assert not loaded.exact_bytes
     lengths = loaded.token_byte_lengths()
-    assert int(lengths[ids].sum()) == len(" the store of tokens é \x07".encode()), "a space is put in front"
+    assert int(lengths[ids].sum()) == len(" the store of tokens é ☃".encode()), "a space is put in front"
     assert lengths[:3].tolist() == [0, 0, 0]
     assert loaded.decode([1, *ids, 2], skip_specials=False).startswith("<s>")
     loaded.save(tmp_path)
