@@ -20,7 +20,9 @@ import pytest
 def _compilation_cache() -> str:
     """A folder of this user, machine, Python and jax: compiled CPU code does not suit other processors."""
     machine = f"{platform.node()}-{platform.machine()}-py{sys.version_info.major}{sys.version_info.minor}"
-    return str(Path(tempfile.gettempdir()) / f"maxlm-tests-{getpass.getuser()}" / f"{machine}-jax{jax.__version__}")
+    folder = Path(tempfile.gettempdir()) / f"maxlm-tests-{getpass.getuser()}"
+    folder.mkdir(mode=0o700, exist_ok=True)  # what lies in it is run: nobody else may write there
+    return str(folder / f"{machine}-jax{jax.__version__}")
 
 
 # The environment, so that the processes that tests start use it too.
