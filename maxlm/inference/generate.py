@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from maxlm.errors import ConfigError, DataError
 from maxlm.inference.sampling import Sampling, sample
@@ -20,6 +21,7 @@ from maxlm.parallel.axes import activation_spec, constrain, shards_of
 
 # Prompts and caches come in lengths 32, 48, 64, 96, 128, ..., so that few programs are compiled for many prompts.
 SHORTEST_BUCKET = 32
+PREFILL_PIECE = 256
 
 
 class Decoding(NamedTuple):
@@ -115,23 +117,38 @@ def prefill(module: Transformer, model: Model, tokens_BT: jax.Array, lengths_B: 
 
     Rows are filled up on the right. The cache then also holds keys of the filling, but no token ever attends to them:
     they come after every token of their row, and each is overwritten before the row has grown to its position.
+    Long prompts go in by pieces, so that the scores of a piece against the cache are all that exists at once.
     """
-    cache = model.empty_cache(tokens_BT.shape[0], space)
-    x_BTD, cache = module.decode(tokens_BT, cache, jnp.zeros_like(lengths_B))
+    B, T = tokens_BT.shape
+    piece = PREFILL_PIECE if T % PREFILL_PIECE == 0 else T
     rows, stream = activation_spec("batch"), activation_spec("batch", "length", "embed")
-    last = jax.shard_map(
-        lambda x_BTD, lengths_B: jax.vmap(lambda x_TD, n: x_TD[n - 1][None])(x_BTD, lengths_B),
-        in_specs=(stream, rows),
-        out_specs=stream,
-    )
-    return next_logits(module, last(constrain(x_BTD, "batch", "length", "embed"), lengths_B)), cache
+
+    def pick(x_BTD, last_B1D, start, lengths_B):
+        """Each row's last token, where it is in this piece."""
+        index_B = jnp.clip(lengths_B - 1 - start, 0, piece - 1)
+        here_B1D = jax.vmap(lambda x_TD, i: x_TD[i][None])(x_BTD, index_B)
+        inside_B = (lengths_B > start) & (lengths_B <= start + piece)
+        return jnp.where(inside_B[:, None, None], here_B1D, last_B1D)
+
+    pick = jax.shard_map(pick, in_specs=(stream, stream, PartitionSpec(), rows), out_specs=stream)
+
+    def one_piece(carry, start):
+        cache, last_B1D = carry
+        piece_BT = jax.lax.dynamic_slice_in_dim(tokens_BT, start, piece, axis=1)
+        x_BTD, cache = module.decode(piece_BT, cache, jnp.zeros_like(lengths_B) + start)
+        return (cache, pick(constrain(x_BTD, "batch", "length", "embed"), last_B1D, start, lengths_B)), None
+
+    last_B1D = constrain(jnp.zeros((B, 1, model.config.d_model), module.dtype), "batch", "length", "embed")
+    carry = (model.empty_cache(B, space), last_B1D)
+    (cache, last_B1D), _ = jax.lax.scan(one_piece, carry, jnp.arange(0, T, piece, dtype=jnp.int32))
+    return next_logits(module, last_B1D), cache
 
 
 def next_logits(module: Transformer, x_BTD: jax.Array) -> jax.Array:
-    """The float32 logits `[B, V]` of the last position of `x_BTD`, whole on every device of a row."""
+    """The float32 logits `[B, V]` of the last position of `x_BTD`."""
     config = module.config
     scores = logits(x_BTD[:, -1:], module.head_weight(), vocab_size=config.vocab_size, softcap=config.logit_softcap)
-    return constrain(scores[:, 0], "batch", None)
+    return scores[:, 0]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

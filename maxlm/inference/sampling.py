@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from maxlm.errors import ConfigError
-from maxlm.parallel.axes import activation_spec
+from maxlm.parallel.axes import activation_spec, constrain
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,16 @@ def filtered(logits_BV: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.A
     """
     scaled_BV = logits_BV.astype(jnp.float32) / sampling.temperature
     n_tokens = scaled_BV.shape[-1]
-    if sampling.top_k is None and sampling.top_p is None:
+    # Rounding must not take the last tokens from all of the probability.
+    top_p = None if sampling.top_p == 1 else sampling.top_p
+    if sampling.top_k is None and top_p is None:
         return scaled_BV, jnp.broadcast_to(jnp.arange(n_tokens, dtype=jnp.int32), scaled_BV.shape)
     values_BC, tokens_BC = jax.lax.top_k(scaled_BV, min(sampling.top_k or n_tokens, n_tokens))
-    if sampling.top_p is not None:
+    if top_p is not None:
         probabilities_BC = jax.nn.softmax(values_BC, axis=-1)
         before_BC = jnp.cumsum(probabilities_BC, axis=-1) - probabilities_BC
         # The likeliest token stays, however small top_p is: nothing is before it.
-        keep_BC = (before_BC < sampling.top_p) | (jnp.arange(values_BC.shape[-1]) == 0)
+        keep_BC = (before_BC < top_p) | (jnp.arange(values_BC.shape[-1]) == 0)
         values_BC = jnp.where(keep_BC, values_BC, -jnp.inf)
     return values_BC, tokens_BC
 
@@ -60,7 +62,7 @@ def sample(
     """The next token of each row, int32 `[B]`; under a mesh, in a jitted function.
 
     The random numbers of a token come from (`seed`, its row, its position) alone, so they do not depend on what else is
-    in the batch, nor on the mesh. `logits_BV` may be sharded over rows, not over tokens.
+    in the batch, nor on the mesh.
     """
 
     def local(logits_BV, seed, rows_B, positions_B):
@@ -75,6 +77,8 @@ def sample(
         return jax.vmap(one)(values_BC, tokens_BC, rows_B, positions_B)
 
     rows = activation_spec("batch")
+    logits_BV = constrain(logits_BV, "batch", None)
+    rows_B, positions_B = constrain(rows_B, "batch"), constrain(positions_B, "batch")
     return jax.shard_map(local, in_specs=(activation_spec("batch", None), PartitionSpec(), rows, rows), out_specs=rows)(
         logits_BV, seed, rows_B, positions_B
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -22,7 +22,7 @@ from maxlm.errors import DataError, StorageError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Number formats that weights come in, as numpy and as safetensors call them.
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16), "float16": np.dtype(np.float16)}
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 

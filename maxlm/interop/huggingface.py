@@ -72,8 +72,8 @@ def export_params(
 
     The same model gives the same bytes. On the host there is one tensor at a time, whatever the size of the model;
     `out` appears when all of it is written. Raises ConfigError where no family is equal to the model, where the
-    tokenizer has more tokens than the model, or where a weight is too large for `dtype`; StorageError where `out` cannot
-    be written.
+    tokenizer has more tokens than the model, or where a weight is too large for `dtype`; StorageError where `out`
+    cannot be written.
     """
     out = Path(out)
     family = family_for(config)

@@ -25,8 +25,7 @@ def _untied(config: ModelConfig) -> bool:
 
 
 def _read_config(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers 5 writes `rope_parameters`, older ones `rope_theta` and `rope_scaling`; one `attention_bias` is for
-    all four projections."""
+    """transformers 5 writes `rope_parameters`, older ones `rope_theta` and `rope_scaling`."""
     read = dict(theirs)
     rope = read.pop("rope_parameters", None)
     if isinstance(rope, dict):
@@ -41,11 +40,6 @@ def _read_config(theirs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _misfits(config: ModelConfig) -> Iterator[str]:
-    if config.attention_bias != config.attention_out_bias:
-        yield (
-            f"model.attention_bias = {config.attention_bias} with model.attention_out_bias = "
-            f"{config.attention_out_bias} (it has both or neither)"
-        )
     if config.d_model % config.n_heads:
         yield f"model.d_model = {config.d_model} (transformers asks for a multiple of n_heads = {config.n_heads})"
 
@@ -93,6 +87,7 @@ LLAMA = Family(
         "attention_softcap": None,
         "logit_softcap": None,
     },
+    linked={"attention_out_bias": "attention_bias"},
     constants={"hidden_act": "silu", "rope_scaling": None, "attention_dropout": 0.0, "pretraining_tp": 1},
     synonyms={"hidden_act": ("swish",)},
     harmless=frozenset({"attention_dropout", "pretraining_tp"}),

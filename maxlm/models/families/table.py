@@ -142,6 +142,8 @@ class Family:
     """of the names of all weights but the head's; files of the bare model lack it"""
     embedding: str
     """the name of the token embedding, which a tied head is"""
+    linked: Mapping[str, str] = field(default_factory=dict)
+    """our keys that in this family are equal to another of ours"""
     synonyms: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """further values of constants that mean the same"""
     harmless: frozenset[str] = frozenset()
@@ -159,6 +161,11 @@ class Family:
             f"model.{ours} = {getattr(config, ours)!r} (it has {value!r})"
             for ours, value in self.bricks.items()
             if getattr(config, ours) != value
+        ]
+        wrong += [
+            f"model.{key} = {getattr(config, key)!r}, model.{other} = {getattr(config, other)!r} (in it they are one)"
+            for key, other in self.linked.items()
+            if getattr(config, key) != getattr(config, other)
         ]
         return wrong + list(self.misfits(config))
 
@@ -198,7 +205,8 @@ class Family:
             raise ConfigError(f"{origin}: this model cannot be read:\n  " + "\n  ".join(problems))
         values = {ours: read.get(key, self.defaults.get(key)) for key, ours in self.keys.items()}
         values = {ours: value for ours, value in values.items() if value is not None}
-        return self._model_config(values | dict(self.bricks), origin)
+        linked = {key: values[other] for key, other in self.linked.items() if other in values}
+        return self._model_config(values | linked | dict(self.bricks), origin)
 
     def _model_config(self, values: dict[str, Any], origin: str) -> ModelConfig:
         theirs = {ours: key for key, ours in self.keys.items()}

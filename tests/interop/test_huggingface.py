@@ -1,0 +1,365 @@
+"""Export and import without `transformers`: the same bytes again, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from maxlm.config import load_config
+from maxlm.data.tokenizer import load_tokenizer
+from maxlm.errors import CheckpointError, ConfigError, DataError, MaxlmError, StorageError
+from maxlm.inference.generate import generate_run
+from maxlm.inference.load import load_run
+from maxlm.interop import files
+from maxlm.interop.huggingface import export_params, export_run, import_model
+from tests import tiny
+from tests.interop import ours, public
+
+MODELS = {
+    "llama": tiny.LLAMA,
+    "llama, tied, biases, wide heads": {
+        **tiny.LLAMA, "tied_embeddings": True, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True,
+        "head_dim": 32, "n_kv_heads": 1, "rope_theta": 5e5, "norm_eps": 1e-6, "init_std": 0.01
+    },
+    "gpt2": tiny.GPT2,
+    "gpt2, untied": {**tiny.GPT2, "tied_embeddings": False},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return ours.tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A Llama model's folder that is in order."""
+    return public.write_folder(tmp_path / "theirs", public.LLAMA_CONFIG)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_export_import_export_gives_the_same_bytes(model, dtype, tmp_path, tokenizer):
+    ours.make_run(tmp_path / "run", MODELS[model], tokenizer, n_devices=8)
+    export_run(tmp_path / "run", tmp_path / "a", dtype)
+    import_model(tmp_path / "a", tmp_path / "again")
+    export_run(tmp_path / "again", tmp_path / "b", dtype)
+    first = public.contents(tmp_path / "a")
+    assert first == public.contents(tmp_path / "b")
+    assert first.keys() >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_weights_come_back_bitwise_and_the_vocabularys_padding_as_zeros(model, tmp_path, tokenizer):
+    run = ours.make_run(tmp_path / "run", MODELS[model], tokenizer)
+    export_run(tmp_path / "run", tmp_path / "out")
+    import_model(tmp_path / "out", tmp_path / "again")
+    before, after = load_run(tmp_path / "run"), load_run(tmp_path / "again")
+    filled_in = {"n_kv_heads": run.model.kv_heads, "head_dim": run.model.head_width}
+    assert after.config.model.model_copy(update=filled_in) == run.model.model_copy(update=filled_in)
+    assert (after.config.model.kv_heads, after.config.model.head_width) == tuple(filled_in.values())
+    assert after.step == 0
+    expected = jax.device_get(before.params)
+    for part, name in (("embedding", "tokens"), ("head", "kernel")):
+        if part in expected:
+            expected[part][name] = expected[part][name].copy()
+            expected[part][name][run.model.vocab_size :] = 0
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.params), expected)
+
+
+def test_an_imported_run_continues_prompts_as_the_run_it_came_from(tmp_path, tokenizer):
+    ours.make_run(tmp_path / "run", tiny.LLAMA, tokenizer)
+    export_run(tmp_path / "run", tmp_path / "out")
+    import_model(tmp_path / "out", tmp_path / "again")
+    texts = [
+        generate_run(tmp_path / run, ["def f(", "import "], max_tokens=12, greedy=True) for run in ("run", "again")
+    ]
+    assert texts[0] == texts[1]
+    assert all(texts[0])
+    sampled = [generate_run(tmp_path / "run", ["x"], max_tokens=12, top_k=50, seed=seed) for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_shards_hold_what_one_file_holds_and_are_read_back(tmp_path, tokenizer):
+    run = ours.make_run(tmp_path / "run", tiny.LLAMA, tokenizer)
+    loaded = load_run(tmp_path / "run")
+    with jax.set_mesh(loaded.mesh):
+        for name, size in (("one", 10**9), ("many", 60_000)):
+            export_params(run.model, loaded.params, tmp_path / name, load_tokenizer(tokenizer), max_shard_bytes=size)
+    shards = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert [p.name for p in shards] == [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    assert len(shards) > 5
+    whole, index = load_file(tmp_path / "one" / files.SINGLE), json.loads((tmp_path / "many" / files.INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in whole.values())
+    for path in shards:
+        tensors = load_file(path)
+        assert len(tensors) == 1 or sum(x.nbytes for x in tensors.values()) <= 60_000
+        for name, tensor in tensors.items():
+            assert index["weight_map"].pop(name) == path.name
+            np.testing.assert_array_equal(tensor, whole.pop(name))
+    assert not whole
+    assert not index["weight_map"]
+    import_model(tmp_path / "many", tmp_path / "again")
+    export_run(tmp_path / "again", tmp_path / "b")
+    assert public.contents(tmp_path / "b") == public.contents(tmp_path / "one")
+
+
+def test_a_file_is_the_one_that_the_safetensors_package_writes(tmp_path, tokenizer):
+    ours.make_run(tmp_path / "run", tiny.GPT2, None)
+    for dtype in ("float32", "bfloat16", "float16"):
+        export_run(tmp_path / "run", tmp_path / dtype, dtype)
+        path = tmp_path / dtype / files.SINGLE
+        tensors = load_file(path)
+        assert {str(x.dtype) for x in tensors.values()} == {dtype}
+        save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+        assert path.read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_models_without_a_tokenizer_travel_without_one(tmp_path):
+    ours.make_run(tmp_path / "run", tiny.LLAMA, None)
+    export_run(tmp_path / "run", tmp_path / "out")
+    assert public.contents(tmp_path / "out").keys() == {"config.json", "generation_config.json", "model.safetensors"}
+    import_model(tmp_path / "out", tmp_path / "again")
+    assert load_config(tmp_path / "again" / "config.yaml").tokenizer.path is None
+
+
+def test_openais_own_names_buffers_and_a_second_copy_of_the_tied_head_are_read(tmp_path):
+    tensors = public.weights(public.GPT2_CONFIG)
+    public.write_folder(tmp_path / "a", public.GPT2_CONFIG, tensors)
+    theirs = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+    theirs |= {"h.0.attn.bias": np.ones((1, 1, 64, 64), np.float32), "lm_head.weight": theirs["wte.weight"]}
+    public.write_folder(tmp_path / "b", public.GPT2_CONFIG, theirs)
+    for name in "ab":
+        import_model(tmp_path / name, tmp_path / f"run-{name}")
+        export_run(tmp_path / f"run-{name}", tmp_path / f"out-{name}")
+    assert public.contents(tmp_path / "out-a") == public.contents(tmp_path / "out-b")
+    np.testing.assert_equal(load_file(tmp_path / "out-a" / files.SINGLE), tensors)
+
+
+@pytest.mark.parametrize(("stored", "parameters"), [("bfloat16", "bfloat16"), ("float16", "float32")])
+def test_half_precision_files_lose_nothing(stored, parameters, tmp_path):
+    dtype = {"bfloat16": jnp.bfloat16, "float16": np.float16}[stored]
+    tensors = {name: x.astype(dtype) for name, x in public.weights(public.LLAMA_CONFIG).items()}
+    import_model(public.write_folder(tmp_path / "theirs", public.LLAMA_CONFIG, tensors), tmp_path / "run")
+    assert load_config(tmp_path / "run" / "config.yaml").precision.parameters == parameters
+    export_run(tmp_path / "run", tmp_path / "out", stored)
+    found = load_file(tmp_path / "out" / files.SINGLE)
+    assert found.keys() == tensors.keys()
+    assert all(found[name].tobytes() == x.tobytes() for name, x in tensors.items())
+
+
+# What is refused on export: the change of a model, and what the message names of it.
+NO_FAMILY = {
+    "soft-capped logits": ({"logit_softcap": 30.0}, "model.logit_softcap = 30.0"),
+    "soft-capped scores": ({"attention_softcap": 30.0}, "model.attention_softcap = 30.0"),
+    "qk-norm": ({"qk_norm": True}, "model.qk_norm = True"),
+    "geglu with layer norm": ({"mlp": "geglu", "norm": "layer"}, "model.mlp = 'geglu'"),
+    "squared relu": ({"mlp": "relu2"}, "model.mlp = 'relu2'"),
+    "biases on three of four projections": ({"attention_bias": True}, "model.attention_out_bias = False"),
+    "width no multiple of heads": ({"d_model": 72, "n_heads": 16, "head_dim": 8}, "model.d_model = 72"),
+}
+
+
+@pytest.mark.parametrize("case", NO_FAMILY)
+def test_a_model_of_no_family_is_refused_before_its_weights_are_read(case, tmp_path):
+    change, named = NO_FAMILY[case]
+    run = tiny.config(model={**tiny.LLAMA, **change})
+    (tmp_path / "run").mkdir()
+    from maxlm.config import to_yaml
+
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(run))
+    with pytest.raises(ConfigError) as caught:
+        export_run(tmp_path / "run", tmp_path / "out")
+    llama = next(line for line in str(caught.value).splitlines() if "llama:" in line)
+    assert named in llama
+    assert "gpt2:" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"n_kv_heads": 2}, "model.n_kv_heads = 2"), ({"head_dim": 8}, "model.head_dim = 8")],
+)
+def test_gpt2_takes_equal_heads_alone(change, named, tmp_path):
+    run = tiny.config(model={**tiny.GPT2, **change})
+    with pytest.raises(ConfigError, match=f"gpt2: {named}"):
+        export_params(run.model, {}, tmp_path / "out", None)
+
+
+def test_what_cannot_be_exported_is_refused_and_nothing_is_left(tmp_path, tokenizer):
+    ours.make_run(tmp_path / "run", tiny.LLAMA, tokenizer)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note").write_text("mine")
+    with pytest.raises(StorageError, match="full: is there already"):
+        export_run(tmp_path / "run", tmp_path / "full")
+    with pytest.raises(ConfigError, match="dtype = 'int8'"):
+        export_run(tmp_path / "run", tmp_path / "out", "int8")
+    with pytest.raises(CheckpointError, match="99"):
+        export_run(tmp_path / "run", tmp_path / "out", step=99)
+    small = ours.make_run(tmp_path / "small", {**tiny.LLAMA, "vocab_size": 290}, tokenizer)
+    with pytest.raises(ConfigError, match=r"300 tokens and model\.vocab_size is 290"):
+        export_run(tmp_path / "small", tmp_path / "out")
+    loaded = load_run(tmp_path / "small")
+    huge = jax.tree.map(lambda x: x * 1e6, loaded.params)
+    with jax.set_mesh(loaded.mesh), pytest.raises(ConfigError, match=r"lm_head\.weight.*float16"):
+        export_params(small.model, huge, tmp_path / "out", None, "float16")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "run", "small"]
+
+
+def test_an_empty_folder_may_be_exported_into(tmp_path):
+    ours.make_run(tmp_path / "run", tiny.LLAMA, None)
+    (tmp_path / "out").mkdir()
+    export_run(tmp_path / "run", tmp_path / "out")
+    assert (tmp_path / "out" / files.SINGLE).exists()
+
+
+def test_a_killed_export_leaves_no_folder_of_that_name(tmp_path):
+    ours.make_run(tmp_path / "run", tiny.LLAMA, None)
+    code = (
+        "import os, signal, sys\n"
+        "from maxlm.interop import huggingface\n"
+        "write = huggingface.write_bytes\n"
+        "huggingface.write_bytes = lambda path, content: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "huggingface.export_run(sys.argv[1], sys.argv[2])\n"
+    )
+    paths = [str(tmp_path / "run"), str(tmp_path / "out")]
+    killed = subprocess.run([sys.executable, "-c", code, *paths], env={**os.environ, "PYTHONPATH": os.getcwd()})
+    assert killed.returncode == -9
+    assert not (tmp_path / "out").exists()
+    export_run(*paths)
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+# What is refused on import: a change of config.json, and what the message says.
+CONFIGS = {
+    "a type that is not known": ({"model_type": "mamba"}, "model_type = 'mamba'"),
+    "no type": ({"model_type": None}, "model_type = None"),
+    "another head": ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+    "another activation": ({"hidden_act": "gelu"}, "hidden_act = 'gelu': only 'silu'"),
+    "scaled rope": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
+    "scaled rope, as version 5 writes it": (
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}, "rope_scaling"
+    ),
+    "a sliding window": ({"sliding_window": 4096}, "sliding_window = 4096"),
+    "quantized weights": ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    "a size of the wrong kind": ({"hidden_size": "big"}, "hidden_size (d_model)"),
+    "a size below one": ({"num_hidden_layers": 0}, "num_hidden_layers (n_layers)"),
+    "heads that do not divide": ({"num_key_value_heads": 3}, "n_kv_heads = 3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_with_no_equal_here_is_refused_by_name(case, tmp_path, llama):
+    change, message = CONFIGS[case]
+    (llama / "config.json").write_text(json.dumps(public.LLAMA_CONFIG | change))
+    with pytest.raises(ConfigError) as caught:
+        import_model(llama, tmp_path / "run")
+    assert message in str(caught.value)
+    assert "config.json" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def change_tensors(**changes):
+    def damage(folder):
+        tensors = load_file(folder / files.SINGLE)
+        for name, change in changes.items():
+            name = name.replace("__", ".")
+            tensors[name] = change(tensors.get(name))
+        save_file({name: x for name, x in tensors.items() if x is not None}, folder / files.SINGLE)
+
+    return damage
+
+
+def cut(folder):
+    content = (folder / files.SINGLE).read_bytes()
+    (folder / files.SINGLE).write_bytes(content[: len(content) // 2])
+
+
+def lengthen_header(folder):
+    content = (folder / files.SINGLE).read_bytes()
+    (folder / files.SINGLE).write_bytes((2**62).to_bytes(8, "little") + content[8:])
+
+
+def index_of(weight_map):
+    def damage(folder):
+        names = load_file(folder / files.SINGLE)
+        (folder / files.INDEX).write_text(json.dumps({"weight_map": weight_map(names)}))
+
+    return damage
+
+
+def pickled(folder):
+    (folder / files.SINGLE).rename(folder / "pytorch_model.bin")
+
+
+# What is refused on import: damage to a folder that is in order, and what the message says.
+FOLDERS = {
+    "a tensor is missing": (change_tensors(model__norm__weight=lambda x: None), "model.norm.weight [48] is missing"),
+    "a tensor too much": (change_tensors(extra=lambda x: np.zeros(3)), "extra [3] is not of this model"),
+    "a tensor of another shape": (
+        change_tensors(lm_head__weight=lambda x: x[:-1]), "lm_head.weight is [202, 48], and the config makes it [203"
+    ),
+    "a tensor of integers": (change_tensors(lm_head__weight=lambda x: x.astype(np.int8)), "lm_head.weight is of I8"),
+    "a file that is cut off": (cut, "model.safetensors: not a safetensors file, or damaged"),
+    "a header that lies about its length": (lengthen_header, "model.safetensors: not a safetensors file, or damaged"),
+    "no weights": (lambda folder: (folder / files.SINGLE).unlink(), "no weights here"),
+    "pickled weights": (pickled, "pickle"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: there is no such file"),
+    "a config that is not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json: not JSON"),
+    "a config that is a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json: holds list"),
+    "an index of a file that is not there": (
+        index_of(lambda names: dict.fromkeys(names, "model-00001.safetensors")), "model-00001.safetensors: there is no"
+    ),
+    "an index that leads out of the folder": (
+        index_of(lambda names: dict.fromkeys(names, "../theirs/model.safetensors")), "a name in this folder"
+    ),
+    "an index that knows of more than there is": (
+        index_of(lambda names: dict.fromkeys([*names, "more"], files.SINGLE)), "more is in model.safetensors"
+    ),
+    "an index without names": (index_of(lambda names: {}), "weight_map"),
+    "a damaged tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_folder_that_is_not_in_order_is_refused_and_no_run_appears(case, tmp_path, llama):
+    damage, message = FOLDERS[case]
+    damage(llama)
+    with pytest.raises(DataError) as caught:
+        import_model(llama, tmp_path / "run")
+    assert message in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["theirs"]
+
+
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(tmp_path):
+    config = public.LLAMA_CONFIG | {"tie_word_embeddings": True}
+    tensors = public.weights(public.LLAMA_CONFIG)
+    with pytest.raises(DataError, match="tie_word_embeddings"):
+        import_model(public.write_folder(tmp_path / "theirs", config, tensors), tmp_path / "run")
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, llama, tokenizer):
+    load_tokenizer(tokenizer).save(llama)
+    with pytest.raises(DataError, match=r"300 tokens.*vocab_size = 203"):
+        import_model(llama, tmp_path / "run")
+
+
+def test_a_run_that_is_there_is_not_written_over(tmp_path, llama):
+    import_model(llama, tmp_path / "run")
+    before = public.contents(tmp_path / "run")
+    with pytest.raises(StorageError, match="is there already"):
+        import_model(llama, tmp_path / "run")
+    assert public.contents(tmp_path / "run") == before
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(MaxlmError, match="nowhere"):
+        import_model(tmp_path / "nowhere", tmp_path / "run")
