@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,11 +19,10 @@ import numpy as np
 import optax
 import pytest
 
-from maxlm.checkpoint import CheckpointConfig, Checkpoints, RunLock, restore_params
+from maxlm.checkpoint import CheckpointConfig, Checkpoints, restore_params
 from maxlm.checkpoint_files import MANIFEST, write_manifest
 from maxlm.errors import CheckpointError, StorageError
 from maxlm.parallel.mesh import MeshConfig, make_mesh
-from tests.processes import report, run_processes
 
 ONE, EIGHT = MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)
 SPECS = {"table": jax.P("tensor", "fsdp"), "norm": jax.P(), "stack": jax.P(None, ("data", "fsdp"), None)}
@@ -428,118 +425,9 @@ def test_a_read_only_folder_is_a_storage_error(small_disk):
         StorageError, match="read-only file system; the file system is read-only: choose another run_dir"
     ):
         save(checkpoints, 1, make_state(mesh_of(ONE, 1)))
-    with pytest.raises(StorageError, match="cannot be written"), RunLock(small_disk / "run"):
-        pass
 
 
 def test_a_path_through_a_file_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="not a directory"):
         save(Checkpoints(tmp_path / "file" / "c", keys()), 1, make_state(mesh_of(ONE, 1)))
-    with pytest.raises(StorageError, match="cannot be written"), RunLock(tmp_path / "file" / "run"):
-        pass
-
-
-# One run to a folder.
-
-HOLDS_THE_LOCK = """
-import os, sys, time
-from maxlm.checkpoint import RunLock
-with RunLock(sys.argv[1]):
-    if len(sys.argv) > 2 and os.fork() == 0:
-        time.sleep(1.0)  # a child that outlives its killed parent for a while, with the lock
-        os._exit(0)
-    print("locked", flush=True)
-    time.sleep(60)
-"""
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize("child", [[], ["with-child"]])
-def test_a_folder_has_one_run_and_is_free_again_after_kill_9(tmp_path, caplog, child):
-    with subprocess.Popen([sys.executable, "-c", HOLDS_THE_LOCK, tmp_path, *child], stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"locked\n"
-        with pytest.raises(StorageError, match=f"another run writes here .process {process.pid} on"), RunLock(tmp_path):
-            pass
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        with caplog.at_level(logging.WARNING), RunLock(tmp_path):
-            assert f"taking over from a run that was cut off (process {process.pid} on" in caplog.text
-    caplog.clear()
-    with RunLock(tmp_path):
-        assert not caplog.records, "a run that ended by itself leaves nothing to take over"
-
-
-# Many processes.
-
-MANY = """
-import sys
-from pathlib import Path
-from maxlm.parallel import distributed
-distributed.initialize(distributed.DistributedConfig(timeout_seconds=60))
-import jax
-from tests.test_checkpoint import *
-n = jax.process_count()
-mesh = make_mesh(MeshConfig(fsdp=-1, tensor=2 if n > 1 else 1))
-"""
-SAVES = """
-with jax.set_mesh(mesh), RunLock(sys.argv[1]), Checkpoints(sys.argv[1], keys()) as checkpoints:
-    for step in (1, 2):
-        assert save(checkpoints, step, make_state(mesh, step))
-    assert not save(checkpoints, 2, make_state(mesh, 9))
-"""
-RESTORES = """
-logging.basicConfig()
-state = make_state(mesh, int(sys.argv[2]))
-with jax.set_mesh(mesh), Checkpoints(sys.argv[1], keys()) as checkpoints:
-    restored, meta = checkpoints.restore(abstract(state, mesh))
-    for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
-        for a, b in zip(x.addressable_shards, y.addressable_shards, strict=True):
-            assert np.asarray(a.data).tobytes() == np.asarray(b.data).tobytes()
-    assert meta["step"] == int(sys.argv[2])
-    save(checkpoints, 10 + n, restored)
-"""
-
-
-@pytest.mark.processes
-def test_a_checkpoint_of_two_processes_is_restored_by_one_and_by_four(tmp_path):
-    run_processes(2, ["-c", MANY + SAVES, tmp_path], devices_per_process=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "run.lock"]
-    assert not list(tmp_path.rglob("sums.*"))
-    # Half of the files are checked by either process; damage to any is everybody's.
-    names = files_of(tmp_path / "2")
-    assert {"ocdbt.process_0", "ocdbt.process_1"} < {part for name in names for part in name.parts}
-    mesh = mesh_of(ONE, 1)
-    restored, _ = Checkpoints(tmp_path, keys()).restore(abstract(make_state(mesh), mesh))
-    assert bits(restored) == bits(make_state(mesh, 2))
-    run_processes(4, ["-c", MANY + RESTORES, tmp_path, "2"], devices_per_process=2)
-    restored, meta = Checkpoints(tmp_path, keys()).restore(abstract(make_state(mesh), mesh))
-    assert bits(restored) == bits(make_state(mesh, 2))
-    assert meta["step"] == 14
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize("share", [0, 1])
-def test_damage_that_one_of_two_processes_finds_sends_both_to_the_checkpoint_before(two_checkpoints, tmp_path, share):
-    shutil.copytree(two_checkpoints, tmp_path / "c")
-    names = sorted(json.loads((tmp_path / "c" / "2" / MANIFEST).read_bytes())["files"])
-    flip(tmp_path / "c" / "2" / names[share], 0)
-    outputs = run_processes(2, ["-c", MANY + RESTORES, tmp_path / "c", "1"], devices_per_process=2)
-    assert f"2 is damaged ({names[share]} has changed" in outputs[0].stderr, report(outputs[0])
-    assert "damaged" not in outputs[1].stderr, report(outputs[1])
-    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["1", "12", "2.damaged"]
-
-
-APART = """
-folder = Path(sys.argv[1]) / str(jax.process_index())
-with jax.set_mesh(mesh), Checkpoints(folder, keys()) as checkpoints:
-    save(checkpoints, 1, make_state(mesh))
-"""
-
-
-@pytest.mark.processes
-def test_processes_that_do_not_share_the_folder_are_told(tmp_path):
-    outputs = run_processes(2, ["-c", MANY + APART, tmp_path], devices_per_process=2, check=False)
-    for output in outputs:
-        assert output.returncode == 5, report(output)
-        assert "in process 1; run_dir must be on a file system that all processes share" in output.stderr
