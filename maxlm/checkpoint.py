@@ -210,6 +210,7 @@ class Checkpoints:
             write_file(writing / META, json.dumps(dict(meta), indent=1) + "\n")
             write_file(writing / CONFIG, config_yaml)
         except OSError as error:
+            remove(writing)
             return {"error": str(storage_error(writing, error))}
         return {"saved": False}
 
