@@ -12,6 +12,9 @@ from jax.sharding import PartitionSpec
 from maxlm.errors import ConfigError
 from maxlm.parallel.axes import activation_spec, constrain
 
+# Logits over a temperature below this would leave float32.
+COLDEST = 1e-6
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -27,8 +30,10 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self):
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(f"temperature = {self.temperature}: give 0 for the likeliest token, or more to sample")
+        if not (self.temperature == 0 or COLDEST <= self.temperature < math.inf):
+            raise ConfigError(
+                f"temperature = {self.temperature}: give 0 for the likeliest token, or at least {COLDEST:g} to sample"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k = {self.top_k}: at least 1 token must be left")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -36,11 +41,12 @@ class Sampling:
 
 
 def filtered(logits_BV: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
-    """What may be sampled: logits over the temperature, -inf where filtered out, and the token of each column.
+    """What may be sampled: logits over the temperature, less the row's largest, -inf where filtered out; and tokens.
 
     Both `[B, V]`, or `[B, top_k]`, likeliest first, where `top_k` or `top_p` is set. The temperature is above 0.
     """
-    scaled_BV = logits_BV.astype(jnp.float32) / sampling.temperature
+    logits_BV = logits_BV.astype(jnp.float32)
+    scaled_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / sampling.temperature
     n_tokens = scaled_BV.shape[-1]
     # Rounding must not take the last tokens from all of the probability.
     top_p = None if sampling.top_p == 1 else sampling.top_p

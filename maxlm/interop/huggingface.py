@@ -102,13 +102,18 @@ def _tensor(name: str, weight: Weight, layer: int, config: ModelConfig, params: 
     """A tensor of the files, from the device to the host."""
     arrays = [_leaf(params, path) for path in weight.ours]
     if weight.layered:
-        arrays = [array[layer] for array in arrays]
+        arrays = [_layer_of(array, layer) for array in arrays]
     tensor = weight.export([np.asarray(jax.device_get(array)) for array in arrays], config)
     with np.errstate(over="ignore"):
         cast = tensor.astype(DTYPES[dtype])
     if dtype == "float16" and np.isinf(cast).any() and not np.isinf(tensor).any():
         raise ConfigError(f"{name} has a weight of {np.abs(tensor).max():g}, too large for float16; export as bfloat16")
     return cast
+
+
+@jax.jit
+def _layer_of(stacked: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stacked, layer, axis=0, keepdims=False)
 
 
 def import_model(model_dir: str | Path, out: str | Path) -> None:
@@ -157,6 +162,8 @@ def _checked_names(files: TensorFiles, family: Family, config: ModelConfig) -> d
     for name in files.files:
         full = name if name in tensors or name.startswith(family.prefix) else family.prefix + name
         full = name if name == "lm_head.weight" else full
+        if full in names:
+            raise DataError(f"{files.where(name)}: {name} is {names[full]} once more, under another name")
         if not re.fullmatch(family.buffers, full):
             names[full] = name
     if "lm_head.weight" not in tensors and "lm_head.weight" in names:

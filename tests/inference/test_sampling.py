@@ -40,6 +40,7 @@ def draw(logits_BV, sampling, *, seed=0, rows=None, positions=None, n_devices=1)
 SETTINGS = [
     Sampling(),
     Sampling(temperature=0.5),
+    Sampling(temperature=1e-6, top_p=0.5),
     Sampling(top_k=1),
     Sampling(top_k=7),
     Sampling(top_k=1000),
@@ -95,7 +96,14 @@ def test_a_draw_depends_on_seed_row_and_position_and_on_nothing_else():
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("temperature", -0.1), ("temperature", float("nan")), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5)],
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", 1e-9),
+        ("top_k", 0),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+    ],
 )
 def test_settings_out_of_range_are_refused_by_name(setting, value):
     with pytest.raises(ConfigError, match=setting):

@@ -219,18 +219,41 @@ def test_an_empty_folder_may_be_exported_into(tmp_path):
     assert (tmp_path / "out" / files.SINGLE).exists()
 
 
-def test_a_killed_export_leaves_no_folder_of_that_name(tmp_path):
+# What happens to an export half-way, as the code of a process before it exports: a kill, a disk that is full.
+MISHAPS = {
+    "killed": (
+        "import os, signal\nhuggingface.write_bytes = lambda path, content: os.kill(os.getpid(), signal.SIGKILL)\n",
+        -9,
+    ),
+    "no room": ("import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n", 5),
+}
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("mishap", MISHAPS)
+def test_an_export_that_does_not_end_leaves_no_folder_of_that_name(mishap, tmp_path):
     ours.make_run(tmp_path / "run", tiny.LLAMA, None)
+    before, exit_code = MISHAPS[mishap]
     code = (
-        "import os, signal, sys\n"
+        "import sys\n"
+        "from maxlm.errors import MaxlmError\n"
         "from maxlm.interop import huggingface\n"
-        "write = huggingface.write_bytes\n"
-        "huggingface.write_bytes = lambda path, content: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "huggingface.export_run(sys.argv[1], sys.argv[2])\n"
+        f"{before}"
+        "try:\n"
+        "    huggingface.export_run(sys.argv[1], sys.argv[2])\n"
+        "except MaxlmError as error:\n"
+        "    print(error, file=sys.stderr)\n"
+        "    sys.exit(error.exit_code)\n"
     )
     paths = [str(tmp_path / "run"), str(tmp_path / "out")]
-    killed = subprocess.run([sys.executable, "-c", code, *paths], env={**os.environ, "PYTHONPATH": os.getcwd()})
-    assert killed.returncode == -9
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *paths],
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == exit_code, ended.stderr
+    assert "Traceback" not in ended.stderr
     assert not (tmp_path / "out").exists()
     export_run(*paths)
     assert (tmp_path / "out" / "config.json").exists()

@@ -87,7 +87,7 @@ class Weight:
         parts = []
         for array in arrays:
             if "v" in letters:
-                array = np.take(array, range(config.vocab_size), axis=letters.index("v"))
+                array = array[(slice(None),) * letters.index("v") + (slice(config.vocab_size),)]
             parts.append(array.transpose(order).reshape(*shape[:-1], shape[-1] // len(arrays)))
         return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1))
 
