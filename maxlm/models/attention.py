@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from maxlm.kernels.attention import attention
 from maxlm.kernels.masks import Mask
 from maxlm.models.config import ModelConfig
-from maxlm.models.layers import Initializer, Norm, use
+from maxlm.models.layers import Initializer, Norm, project, use
 from maxlm.models.positions import rotate
 from maxlm.parallel.axes import activation_spec, constrain
 
@@ -80,17 +80,15 @@ class Attention(nnx.Module):
             q_offset_B=context.lengths_B,
             implementation=self.config.attention_implementation,
         )
-        y_BTD = jnp.einsum(
-            "bthk,hkd->btd", o_BTHK, use(self.o, self.dtype), out_sharding=activation_spec(*context.residual)
-        )
+        y_BTD = project(o_BTHK, use(self.o, self.dtype), *context.residual)
         if self.config.attention_out_bias:
             y_BTD = y_BTD + use(self.o_bias, self.dtype)
         return checkpoint_name(y_BTD, "attention_out"), cache
 
     def _project(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, use(self.q, self.dtype))
-        k_BTGK = jnp.einsum("btd,dgk->btgk", x_BTD, use(self.k, self.dtype))
-        v_BTGK = jnp.einsum("btd,dgk->btgk", x_BTD, use(self.v, self.dtype))
+        q_BTHK = project(x_BTD, use(self.q, self.dtype))
+        k_BTGK = project(x_BTD, use(self.k, self.dtype))
+        v_BTGK = project(x_BTD, use(self.v, self.dtype))
         if self.config.attention_bias:
             q_BTHK = q_BTHK + use(self.q_bias, self.dtype)
             k_BTGK = k_BTGK + use(self.k_bias, self.dtype)

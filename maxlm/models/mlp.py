@@ -11,8 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.models.attention import Context
 from maxlm.models.config import ModelConfig
-from maxlm.models.layers import Initializer, use
-from maxlm.parallel.axes import activation_spec, constrain
+from maxlm.models.layers import Initializer, project, use
+from maxlm.parallel.axes import constrain
 
 # GELU is the tanh form of GPT-2's code in every public checkpoint that these bricks reach.
 ACTIVATIONS = {
@@ -44,20 +44,18 @@ class MLP(nnx.Module):
         """The block's addition to the residual stream."""
         x_BTD = constrain(x_BTD, "batch", "length", "embed")
         activation = ACTIVATIONS[self.config.mlp]
-        up_BTF = jnp.einsum("btd,df->btf", x_BTD, use(self.up, self.dtype))
+        up_BTF = project(x_BTD, use(self.up, self.dtype))
         if self.config.mlp_bias:
             up_BTF = up_BTF + use(self.up_bias, self.dtype)
         up_BTF = checkpoint_name(up_BTF, "mlp_up")
         if self.config.gated:
-            gate_BTF = jnp.einsum("btd,df->btf", x_BTD, use(self.gate, self.dtype))
+            gate_BTF = project(x_BTD, use(self.gate, self.dtype))
             if self.config.mlp_bias:
                 gate_BTF = gate_BTF + use(self.gate_bias, self.dtype)
             hidden_BTF = activation(checkpoint_name(gate_BTF, "mlp_gate")) * up_BTF
         else:
             hidden_BTF = activation(up_BTF)
-        y_BTD = jnp.einsum(
-            "btf,fd->btd", hidden_BTF, use(self.down, self.dtype), out_sharding=activation_spec(*context.residual)
-        )
+        y_BTD = project(hidden_BTF, use(self.down, self.dtype), *context.residual)
         if self.config.mlp_bias:
             y_BTD = y_BTD + use(self.down_bias, self.dtype)
         return checkpoint_name(y_BTD, "mlp_out")
