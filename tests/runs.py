@@ -29,6 +29,7 @@ def make_store(folder: Path) -> Path:
             {"kind": "text", "paths": [str(text / name) for name in ("json", "logging", "email")], "suffixes": [".py"]}
         ],  # type: ignore[list-item]
         heldout_fraction=0.15,
+        max_bad_fraction=0.1,  # an empty __init__.py
         workers=1,
     )
     tokenizer = TokenizerConfig(path=str(folder / "tokenizer"), vocab_size=384)
