@@ -17,14 +17,15 @@ from maxlm.errors import CheckpointError, ClusterError, ConfigError, DataError, 
 REPOSITORY = Path(__file__).parent.parent
 
 
-def maxlm(*args, **environment):
+def maxlm(*args, cwd=None, **environment):
     """Runs a real command line in another process."""
     return subprocess.run(
         [sys.executable, "-m", "maxlm.cli", *args],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
+        cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
     )
 
@@ -302,3 +303,34 @@ def test_text_becomes_a_tokenizer_and_a_store_by_two_commands(tmp_path, monkeypa
     table = capsys.readouterr().out
     assert "train.documents" in table
     assert "Document number" in table
+
+
+TINY = [
+    *("model.n_layers=1", "model.d_model=32", "model.n_heads=2", "model.d_ff=32", "model.vocab_size=300"),
+    *("model.max_seq_len=32", "train.seq_len=32", "train.global_batch_tokens=256", "schedule.warmup_steps=1"),
+    *("tokenizer.vocab_size=300", "metrics.tensorboard=false", "metrics.progress=none"),
+]
+
+
+def test_a_run_goes_from_text_to_a_report_by_commands_alone(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(40):
+        (tmp_path / f"texts/{i}.txt").write_text(f"Document number {i} says the same words, again and again.\n" * 5)
+    source = ["data.sources=[{kind: text, paths: [texts]}]", "data.workers=1", "data.heldout_fraction=0.2"]
+
+    def run(*arguments, code=0):
+        done = maxlm(*arguments, cwd=tmp_path, XLA_FLAGS="")
+        assert done.returncode == code, done.stderr
+        return done
+
+    run("tokenizer", "train", "quickstart", *TINY, *source)
+    run("data", "prepare", "quickstart", *TINY, *source)
+    run("train", "quickstart", "train.steps=3", *TINY, *source)
+    scores = json.loads(run("eval", "runs/quickstart", "--json").stdout)
+    assert 4 < scores["eval_loss"] < 7
+    sampling = ["--max-tokens", "4", "--greedy", "--json"]
+    pairs = json.loads(run("generate", "runs/quickstart", "--prompt", "Doc", "--prompt", "a", *sampling).stdout)
+    assert [pair["prompt"] for pair in pairs] == ["Doc", "a"]
+    run("export", "runs/quickstart", "out", "--to", "hf")
+    assert (tmp_path / "out/model.safetensors").is_file()
+    assert "runs/quickstart/report.html" in run("report", "runs/quickstart").stdout
