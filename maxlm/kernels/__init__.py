@@ -1,1 +1,1 @@
-"""What must be manual on each device: attention, cross-entropy, embedding. Each works on global arrays inside a mesh."""
+"""What must be manual on each device: attention, cross-entropy, embedding. Each takes global arrays of the mesh."""

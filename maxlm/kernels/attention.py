@@ -1,7 +1,7 @@
 """Scaled dot-product attention over global arrays: one call, whose implementation the mesh's devices decide.
 
-Shape letters as in `attention_reference.py`. Batches are shared over the mesh's batch axes and heads over its tensor axis,
-so that every device attends with whole rows of its own heads and nothing travels.
+Shape letters as in `attention_reference.py`. Batches are shared over the mesh's batch axes and heads over its tensor
+axis, so that every device attends with whole rows of its own heads and nothing travels.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from maxlm.parallel.axes import activation_spec
 
 IMPLEMENTATIONS = ("auto", "reference", "chunked")
 
-# Lengths of the tiles of the score matrix. On a CPU the tiles of a few heads should stay in the caches: 128 x 128 was the
-# fastest from 64 to 512 (docs/performance-log.md). Elsewhere a scan step has to be worth its launches.
+# Lengths of the tiles of the score matrix. On a CPU they should stay in the caches: of 64 to 512, 128 x 128 was the
+# fastest (docs/performance-log.md). Elsewhere a step of the scan has to be worth its launches.
 CPU_TILE, ACCELERATOR_TILE = 128, 512
 
 

@@ -4,8 +4,8 @@ The algorithm is FlashAttention-2's (arXiv:2307.08691, algorithms 1 and 2), in p
 score matrix that the mask does not empty. Forward keeps, per query, the running maximum, the running sum and the
 unscaled output; the log of the partition (`lse`) is all that backward needs to make each tile's probabilities again.
 
-Tiles of queries lie as `[n, N, R tq, K]`, tiles of keys as `[n, N, tk, K]`, with N = B G and the R query heads that share
-a key head as rows of one matrix: each product is a batch of N contiguous matrices, and no key is ever repeated.
+Tiles of queries lie as `[n, N, R tq, K]`, tiles of keys as `[n, N, tk, K]`, with N = B G and the R query heads that
+share a key head as rows of one matrix: each product is a batch of N contiguous matrices, and no key is ever repeated.
 Shape letters as in `attention_reference.py`; tq and tk are the lengths of a tile.
 """
 
@@ -45,7 +45,7 @@ def forward(
     *,
     how: Chunking,
 ) -> tuple[jax.Array, jax.Array]:
-    """The output `[B, T, H, V]` in q's dtype and `lse` `[B, T, H]` float32, +inf where there is nothing to attend to."""
+    """The output `[B, T, H, V]` in q's dtype and `lse` `[B, T, H]` float32, +inf with nothing to attend to."""
     shape = _Shape.of(q_BTHK, k_BSGK, v_BSGV, how)
     q, k, v = shape.tile_q(q_BTHK), shape.tile_kv(k_BSGK), shape.tile_kv(v_BSGV)
     segments = shape.tile_segments(segments_BT, kv_segments_BS)
@@ -110,8 +110,8 @@ def backward(
         dv = _set(dv, column, _get(dv, column) + _dot(p, do_tile, "nst,ntv->nsv"))
         return (dq, dk, dv), None
 
-    # Scores stand keys first and dq lies transposed: then no product contracts the first axis of a tile of scores, which
-    # is slow on a CPU (backward takes half the time of the queries-first form; see docs/performance-log.md).
+    # Scores stand keys first and dq lies transposed: then no product contracts the first axis of a tile of scores,
+    # which is slow on a CPU (backward takes about half the time; docs/performance-log.md).
     shapes = (q.swapaxes(-1, -2).shape, k.shape, v.shape)
     carry = tuple(_filled(q_BTHK, part, 0.0) for part in shapes)
     dq, dk, dv = _scan_tiles(body, carry, shape, how, segments is not None)
@@ -169,15 +169,13 @@ class _Shape:
         """`[n_q, B, tq]` and `[n_kv, B, tk]`; padding has segment 0, which nothing attends to."""
         if q is None or kv is None:
             return None
-        q, kv = _pad(q, self.n_q * self.tq, 0), _pad(kv, self.n_kv * self.tk, 0)
-        return (
-            q.reshape(self.B, self.n_q, self.tq).transpose(1, 0, 2),
-            kv.reshape(self.B, self.n_kv, self.tk).transpose(1, 0, 2),
-        )
+        q_tiles = _pad(q, self.n_q * self.tq, 0).reshape(self.B, self.n_q, self.tq)
+        kv_tiles = _pad(kv, self.n_kv * self.tk, 0).reshape(self.B, self.n_kv, self.tk)
+        return q_tiles.transpose(1, 0, 2), kv_tiles.transpose(1, 0, 2)
 
 
 def _scan_tiles(body: Callable, carry, shape: _Shape, how: Chunking, has_segments: bool):
-    """Runs `body(masked, carry, (row, column))` over the tiles that are not empty: first the full ones, then the others."""
+    """Runs `body(masked, carry, (row, column))` over the tiles that are not empty: the full ones, then the others."""
     full, partial_ = [], []
     for tile in how.mask.tiles(shape.n_q, shape.n_kv, shape.tq, shape.tk):
         padded = (tile.column + 1) * shape.tk > shape.S
@@ -239,5 +237,5 @@ def _pad(x: jax.Array, length: int, fill: float) -> jax.Array:
 
 
 def _filled(like: jax.Array, shape: tuple[int, ...], value: float) -> jax.Array:
-    """A constant that varies over the mesh axes that `like` varies over, as a scan inside `shard_map` asks of its carry."""
+    """A constant that varies over the mesh axes of `like`, as a scan inside `shard_map` asks of its carry."""
     return jax.lax.full_like(like, value, dtype=jnp.float32, shape=shape)

@@ -1,4 +1,7 @@
-"""From global arrays to each device's share: the one place where kernels enter `shard_map`."""
+"""From global arrays to each device's share: where kernels enter `shard_map`, and the collectives that they use inside.
+
+Without a current mesh everything here does nothing, and a kernel computes on the one device where its arrays lie.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +11,92 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+Axes = tuple[str, ...]
+
+
+def has_mesh() -> bool:
+    """Whether there is a current mesh."""
+    return not jax.sharding.get_abstract_mesh().empty
+
 
 def on_each_device(f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`f` on every device's share of its arguments, manual over the whole current mesh; `f` itself where there is none."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """`f` on every device's share of its arguments, manual over all axes of the current mesh.
+
+    On a mesh of one device nothing varies and no collective below does anything, so there is nothing to check.
+    """
+    if not has_mesh():
         return f
-    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=n_devices() > 1)
 
 
 def bring(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Moves an array to a sharding of the current mesh, if it is not there and there is a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.sharding.reshard(x, spec)
+    """Moves an array to a sharding of the current mesh, if it does not have it yet."""
+    return jax.sharding.reshard(x, spec) if has_mesh() else x
+
+
+def axes_of(x: jax.Array, dimension: int) -> Axes:
+    """The mesh axes over which a dimension of a global array is sharded."""
+    if not has_mesh():
+        return ()
+    spec = jax.typeof(x).sharding.spec
+    entry = spec[dimension] if dimension < len(spec) else None
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def n_devices() -> int:
+    """Devices of the current mesh; 1 without a mesh."""
+    return jax.sharding.get_abstract_mesh().size if has_mesh() else 1
 
 
 def platform() -> str:
-    """`cpu`, `gpu` (as `cuda` or `rocm`) or `tpu`: of the current mesh's devices, which need not be the host's own.
+    """`cpu`, `tpu`, `cuda` or `rocm`: of the current mesh's devices, which need not be this host's.
 
-    Only where there is no mesh is it the default backend's: then the computation runs there.
+    The default backend's only where there is no mesh: then that is where the computation runs.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
-def size_of(axes: tuple[str, ...]) -> int:
-    """The product of the sizes of some mesh axes; 1 where there is no mesh."""
+def count(axes: Axes) -> int:
+    """How many shards some mesh axes make; 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape
-    size = 1
+    shards = 1
     for axis in axes:
-        size *= shape.get(axis, 1)
-    return size
+        shards *= shape.get(axis, 1)
+    return shards
+
+
+def index(axes: Axes) -> jax.Array | int:
+    """Inside: this device's place along some mesh axes."""
+    return jax.lax.axis_index(axes) if count(axes) > 1 else 0
+
+
+def total(x: Any, axes: Axes) -> Any:
+    """Inside: the sum over some mesh axes, of every array of a pytree."""
+    return jax.lax.psum(x, axes) if axes and n_devices() > 1 else x
+
+
+def largest(x: jax.Array, axes: Axes) -> jax.Array:
+    """Inside: the element-wise maximum over some mesh axes."""
+    return jax.lax.pmax(x, axes) if axes and n_devices() > 1 else x
+
+
+def gathered(x: jax.Array, axes: Axes, dimension: int) -> jax.Array:
+    """Inside: the pieces along some mesh axes, put together along a dimension."""
+    return jax.lax.all_gather(x, axes, axis=dimension, tiled=True) if count(axes) > 1 else x
+
+
+def scattered_total(x: jax.Array, axes: Axes, dimension: int) -> jax.Array:
+    """Inside: this device's piece, along a dimension, of the sum over some mesh axes (a reduce-scatter)."""
+    return jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True) if count(axes) > 1 else x
+
+
+def exchanged(x: jax.Array, axes: Axes, *, split: int, join: int) -> jax.Array:
+    """Inside: pieces of one dimension sent to the devices along some mesh axes, those received joined on another."""
+    return jax.lax.all_to_all(x, axes, split, join, tiled=True) if count(axes) > 1 else x
+
+
+def zeros(shape: tuple[int, ...], dtype: Any, *like: jax.Array) -> jax.Array:
+    """Inside: zeros that vary over the mesh axes that any of `like` varies over, as the carry of a scan has to."""
+    witness = sum(x.ravel()[0].astype(dtype) for x in like)
+    return jax.lax.full_like(jax.numpy.asarray(witness), 0, dtype=dtype, shape=shape)

@@ -39,7 +39,7 @@ class Mask:
         return not self.causal and self.window is None
 
     def allows(self, q_index: Any, kv_index: Any) -> Any:
-        """Element-wise: may the query at `q_index` attend to the key at `kv_index`? Arrays of NumPy or JAX, broadcast."""
+        """Element-wise: may the query at `q_index` attend to the key at `kv_index`? Arrays of NumPy or JAX."""
         ahead = kv_index - q_index
         allowed = ahead <= 0 if self.causal else ahead == ahead
         if self.window is not None:
@@ -51,8 +51,8 @@ class Mask:
     def tile_kind(self, row: int, column: int, q_tile: int, kv_tile: int) -> TileKind:
         """What the mask leaves of one tile of `q_tile` queries by `kv_tile` keys.
 
-        `kv_index - q_index` takes every whole number between its extremes in a tile, and is allowed in one interval, so the
-        extremes decide.
+        `kv_index - q_index` takes every whole number between its extremes in a tile, and is allowed in one interval,
+        so the extremes decide.
         """
         least = column * kv_tile - (row + 1) * q_tile + 1
         most = (column + 1) * kv_tile - 1 - row * q_tile

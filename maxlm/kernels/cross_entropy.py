@@ -1,0 +1,294 @@
+"""Cross-entropy of the output projection, over chunks of tokens and a vocabulary shared by devices.
+
+Logits of all tokens never exist: a scan makes those of one chunk, on each device for its own part of the vocabulary, and
+softmax's maximum and sum are put together over the devices (Megatron-LM, arXiv:1909.08053, section 3). When gradients are
+asked for, the same pass over the chunks makes them (as in Liger, arXiv:2410.10989): three products instead of four, and
+backward only scales them by the gradient of the sum.
+
+Shape letters: B batch, T positions, D d_model, V padded vocabulary, N tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from maxlm.kernels import manual
+from maxlm.parallel.axes import activation_spec, mesh_axes
+
+# Bytes of one chunk's float32 logits, and the fewest tokens whose products are still efficient. On a CPU the devices of a
+# mesh are simulated and share one memory, so the bytes are for all of them (docs/performance-log.md).
+CPU_CHUNK_BYTES, CPU_LEAST_TOKENS = 64 << 20, 128
+ACCELERATOR_CHUNK_BYTES, ACCELERATOR_LEAST_TOKENS = 96 << 20, 64
+
+
+@dataclass(frozen=True)
+class _How:
+    """What is static in one call."""
+
+    vocab_size: int
+    softcap: float | None
+    z_loss: float
+    chunk_tokens: int | None
+
+
+def cross_entropy(
+    x_BTD: jax.Array,
+    w_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    vocab_size: int,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    chunk_tokens: int | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The sum over tokens of `weight * (nll + z_loss * lse^2)` with `nll = lse - logit of the target`.
+
+    Logits are `x w`, through `softcap * tanh(. / softcap)` if given; `lse` is the log of the sum of their exponentials
+    over the first `vocab_size` rows of `w_VD`, the rest being padding. The term with `lse^2` is the z-loss (PaLM,
+    arXiv:2204.02311, section 5). Products run in x's dtype with float32 sums; everything else is float32. Tokens of
+    weight 0 count nothing, whatever their target; a target outside the vocabulary has an infinite loss.
+
+    `x_BTD` lies as the residual stream does; `w_VD` is shared over the vocabulary, and may rest in pieces along D as
+    FSDP stores it: then it is gathered inside, and its gradient leaves reduce-scattered. `chunk_tokens` (a device) is
+    chosen by the size of the logits unless given.
+
+    Returns the scalar float32 sum, differentiable by x, w and weights, and {"nll_sum", "z_sum"}: its two parts, without
+    gradients. Raises ValueError on shapes that do not fit.
+    """
+    _check(x_BTD, w_VD, targets_BT, vocab_size, chunk_tokens)
+    if weights_BT.shape != targets_BT.shape:
+        raise ValueError(f"cross_entropy: weights {weights_BT.shape} do not fit targets {targets_BT.shape}")
+    how = _How(vocab_size, softcap, z_loss, chunk_tokens)
+    x_BTD, w_VD, targets_BT = _bring(x_BTD, w_VD, targets_BT)
+    weights_BT = manual.bring(weights_BT.astype(jnp.float32), _token_spec())
+    loss, parts = _summed(x_BTD, w_VD, targets_BT, weights_BT, how)
+    return loss, jax.lax.stop_gradient(parts)
+
+
+def token_losses(
+    x_BTD: jax.Array,
+    w_VD: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    vocab_size: int,
+    softcap: float | None = None,
+    chunk_tokens: int | None = None,
+) -> jax.Array:
+    """The cross-entropy of every token in nats, `[B, T]` float32, for evaluation: no gradients. Arguments as above."""
+    _check(x_BTD, w_VD, targets_BT, vocab_size, chunk_tokens)
+    how = _How(vocab_size, softcap, 0.0, chunk_tokens)
+    arrays = tuple(jax.lax.stop_gradient(x) for x in _bring(x_BTD, w_VD, targets_BT))
+    in_specs = _in_specs(arrays[1])
+    run = manual.on_each_device(
+        partial(_local_token_losses, how=how, w_axes=manual.axes_of(arrays[1], 1)), in_specs[:3], _token_spec()
+    )
+    return run(*arrays)
+
+
+def logits(x_BTD: jax.Array, w_VD: jax.Array, *, vocab_size: int, softcap: float | None = None) -> jax.Array:
+    """The float32 logits `[B, T, vocab_size]` of a few positions, with the whole vocabulary on every device."""
+    x_BTD = manual.bring(x_BTD, activation_spec("batch", "length", None))
+    w_VD = manual.bring(w_VD, activation_spec("vocab", None)).astype(x_BTD.dtype)
+    out = activation_spec("batch", "length", "vocab") if manual.has_mesh() else None
+    logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, w_VD, preferred_element_type=jnp.float32, out_sharding=out)
+    logits_BTV = manual.bring(logits_BTV, activation_spec("batch", "length", None))[..., :vocab_size]
+    return logits_BTV if softcap is None else softcap * jnp.tanh(logits_BTV / softcap)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _summed(x, w, targets, weights, how: _How):
+    run = manual.on_each_device(
+        partial(_local_sums, how=how, w_axes=manual.axes_of(w, 1)), _in_specs(w), (PartitionSpec(), PartitionSpec())
+    )
+    nll_sum, z_sum = run(x, w, targets, weights)
+    return nll_sum + z_sum, {"nll_sum": nll_sum, "z_sum": z_sum}
+
+
+def _summed_forward(x, w, targets, weights, how: _How):
+    in_specs = _in_specs(w)
+    out_specs = (PartitionSpec(), PartitionSpec(), in_specs[0], in_specs[1], in_specs[3])
+    run = manual.on_each_device(partial(_local_gradients, how=how, w_axes=manual.axes_of(w, 1)), in_specs, out_specs)
+    nll_sum, z_sum, dx, dw, dweights = run(x, w, targets, weights)
+    return (nll_sum + z_sum, {"nll_sum": nll_sum, "z_sum": z_sum}), (dx, dw, dweights)
+
+
+def _summed_backward(how: _How, residuals, cotangents):
+    scale, _ = cotangents  # the parts are returned without gradients
+    dx, dw, dweights = ((scale * part.astype(jnp.float32)).astype(part.dtype) for part in residuals)
+    return dx, dw, None, dweights
+
+
+_summed.defvjp(_summed_forward, _summed_backward)
+
+
+def _local_sums(x_BTD, w_VD, targets_BT, weights_BT, *, how: _How, w_axes: manual.Axes):
+    """Both sums over all tokens of all devices."""
+    losses_of, chunks, _ = _prepare(x_BTD, w_VD, targets_BT, weights_BT, how, w_axes)
+
+    def body(sums, chunk):
+        x_ND, y_N, weight_N = chunk
+        part = losses_of(x_ND, y_N)
+        return _add_sums(sums, part, weight_N, how), None
+
+    zero = manual.zeros((), jnp.float32, weights_BT)
+    sums, _ = jax.lax.scan(body, (zero, zero), chunks)
+    return manual.total(sums, mesh_axes("batch"))
+
+
+def _local_token_losses(x_BTD, w_VD, targets_BT, *, how: _How, w_axes: manual.Axes):
+    losses_of, chunks, n_tokens = _prepare(x_BTD, w_VD, targets_BT, targets_BT, how, w_axes)
+    _, nll_CN = jax.lax.scan(lambda _, chunk: (None, losses_of(*chunk[:2]).nll_N), None, chunks)
+    return nll_CN.reshape(-1)[:n_tokens].reshape(targets_BT.shape)
+
+
+def _local_gradients(x_BTD, w_VD, targets_BT, weights_BT, *, how: _How, w_axes: manual.Axes):
+    """The sums, and their gradients by x (in its dtype), w (in its dtype, added up in float32) and weights.
+
+    With `e` the exponentials of a row but its target's, and `a = 1 + 2 z_loss lse`, the row of logit gradients is
+    `weight a / s * E`, where `E = e` except `e_y - s / a` at the target. Multiplying `E` and scaling the products saves a
+    pass over the logits, and at the target loses nothing to cancellation when its probability is near 1.
+    """
+    losses_of, chunks, n_tokens = _prepare(x_BTD, w_VD, targets_BT, weights_BT, how, w_axes)
+    w_full_VD = manual.gathered(w_VD, w_axes, 1).astype(x_BTD.dtype)
+
+    def body(carry, chunk):
+        sums, dw_VD = carry
+        x_ND, y_N, weight_N = chunk
+        part = losses_of(x_ND, y_N)
+        a_N = 1.0 + 2.0 * how.z_loss * part.lse_N
+        a_N = jnp.where(jnp.abs(a_N) < 1e-6, 1e-6, a_N)
+        at_target_N = ((a_N - 1.0) * part.target_N - part.others_N) / a_N
+        e_NV = jnp.where(part.is_target_NV, at_target_N[:, None], part.e_NV)
+        if how.softcap is not None:
+            # Padding is at -inf, where tanh is flat too.
+            e_NV = e_NV * (1.0 - jnp.square(jnp.maximum(part.logits_NV, -how.softcap) / how.softcap))
+        e_NV = e_NV.astype(x_BTD.dtype)
+        row_N = weight_N * a_N / (part.others_N + part.target_N)
+        dx_ND = row_N[:, None] * _dot(e_NV, w_full_VD, "nv,vd->nd")
+        dw_VD = dw_VD + _dot(e_NV, (row_N[:, None] * x_ND).astype(x_BTD.dtype), "nv,nd->vd")
+        dweight_N = part.nll_N + how.z_loss * jnp.square(part.lse_N)
+        return (_add_sums(sums, part, weight_N, how), dw_VD), (dx_ND.astype(x_BTD.dtype), dweight_N)
+
+    zero = manual.zeros((), jnp.float32, weights_BT)
+    dw = manual.zeros(w_full_VD.shape, jnp.float32, w_full_VD, x_BTD)
+    (sums, dw), (dx_CND, dweight_CN) = jax.lax.scan(body, ((zero, zero), dw), chunks)
+    dx_BTD = dx_CND.reshape(-1, x_BTD.shape[-1])[:n_tokens].reshape(*weights_BT.shape, -1)
+    dx_BTD = manual.scattered_total(dx_BTD, mesh_axes("residual_length"), 1)
+    dw = manual.scattered_total(dw, w_axes, 1)
+    dw = manual.total(dw, tuple(axis for axis in mesh_axes("batch") if axis not in w_axes))
+    dweight_BT = dweight_CN.reshape(-1)[:n_tokens].reshape(weights_BT.shape)
+    return *manual.total(sums, mesh_axes("batch")), dx_BTD, dw.astype(w_VD.dtype), dweight_BT
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Losses:
+    """Softmax of one chunk. Exponentials are of logits less the row's maximum; `e_NV` is 0 at the target."""
+
+    logits_NV: jax.Array
+    is_target_NV: jax.Array
+    e_NV: jax.Array
+    others_N: jax.Array
+    target_N: jax.Array
+    lse_N: jax.Array
+    nll_N: jax.Array
+
+
+def _prepare(x_BTD, w_VD, targets_BT, weights_BT, how: _How, w_axes: manual.Axes):
+    """The function that makes a chunk's losses, the chunks to scan over, and how many of their tokens are real."""
+    axes = mesh_axes("vocab")
+    w_VD = manual.gathered(w_VD, w_axes, 1).astype(x_BTD.dtype)
+    x_BTD = manual.gathered(x_BTD, mesh_axes("residual_length"), 1)
+    first_column = manual.index(axes) * w_VD.shape[0]
+    padded = w_VD.shape[0] * manual.count(axes) != how.vocab_size
+
+    def losses_of(x_ND: jax.Array, y_N: jax.Array) -> _Losses:
+        logits_NV = _dot(x_ND, w_VD, "nd,vd->nv")
+        column_V = jnp.arange(w_VD.shape[0], dtype=jnp.int32) + first_column
+        if how.softcap is not None:
+            logits_NV = how.softcap * jnp.tanh(logits_NV / how.softcap)
+        if padded:
+            logits_NV = jnp.where(column_V[None] < how.vocab_size, logits_NV, -jnp.inf)
+        top_N = manual.largest(jnp.max(logits_NV, axis=1), axes)
+        is_target_NV = column_V[None] == y_N[:, None]
+        e_NV = jnp.where(is_target_NV, 0.0, jnp.exp(logits_NV - top_N[:, None]))
+        row_N = y_N - first_column
+        here_N = (row_N >= 0) & (row_N < w_VD.shape[0])
+        picked_N = jnp.take_along_axis(logits_NV, jnp.clip(row_N, 0, w_VD.shape[0] - 1)[:, None], axis=1)[:, 0]
+        others_N, logit_N = manual.total((jnp.sum(e_NV, axis=1), jnp.where(here_N, picked_N, 0.0)), axes)
+        target_N = jnp.exp(logit_N - top_N)
+        lse_N = top_N + jnp.log(others_N + target_N)
+        known_N = (y_N >= 0) & (y_N < how.vocab_size)
+        nll_N = jnp.where(known_N, lse_N - logit_N, jnp.inf)
+        return _Losses(logits_NV, is_target_NV, e_NV, others_N, target_N, lse_N, nll_N)
+
+    n_tokens = targets_BT.size
+    n_chunks = -(-n_tokens // (how.chunk_tokens or _default_chunk(w_VD.shape[0])))
+    chunk = -(-n_tokens // n_chunks)
+    chunks = tuple(
+        _in_chunks(x.reshape(n_tokens, *x.shape[2:]), n_chunks, chunk) for x in (x_BTD, targets_BT, weights_BT)
+    )
+    return losses_of, chunks, n_tokens
+
+
+def _add_sums(sums, part: _Losses, weight_N: jax.Array, how: _How):
+    """Adds a chunk to both sums. A token of weight 0 adds 0 even if its loss is infinite."""
+    used_N = weight_N != 0.0
+    nll = jnp.sum(jnp.where(used_N, weight_N * part.nll_N, 0.0))
+    z = how.z_loss * jnp.sum(jnp.where(used_N, weight_N * jnp.square(part.lse_N), 0.0))
+    return sums[0] + nll, sums[1] + z
+
+
+def _default_chunk(v_local: int) -> int:
+    """Tokens whose float32 logits over this device's part of the vocabulary fit the bytes above, a multiple of 64."""
+    if manual.platform() == "cpu":
+        budget, least = CPU_CHUNK_BYTES // manual.n_devices(), CPU_LEAST_TOKENS
+    else:
+        budget, least = ACCELERATOR_CHUNK_BYTES, ACCELERATOR_LEAST_TOKENS
+    return max(least, budget // (4 * v_local) // 64 * 64)
+
+
+def _in_chunks(x: jax.Array, n_chunks: int, chunk: int) -> jax.Array:
+    widths = [(0, n_chunks * chunk - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
+    return (x if widths[0] == (0, 0) else jnp.pad(x, widths)).reshape(n_chunks, chunk, *x.shape[1:])
+
+
+def _dot(a: jax.Array, b: jax.Array, subscripts: str) -> jax.Array:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+
+def _token_spec() -> PartitionSpec:
+    return activation_spec("batch", "length")
+
+
+def _bring(x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array) -> tuple[Any, ...]:
+    x_BTD = manual.bring(x_BTD, activation_spec("batch", "residual_length", None))
+    stored = tuple(axis for axis in manual.axes_of(w_VD, 1) if axis in mesh_axes("batch"))
+    w_VD = manual.bring(w_VD, PartitionSpec(mesh_axes("vocab"), stored or None))
+    return x_BTD, w_VD, manual.bring(targets_BT, _token_spec())
+
+
+def _in_specs(w_VD: jax.Array) -> tuple[PartitionSpec, ...]:
+    w_spec = PartitionSpec(mesh_axes("vocab"), manual.axes_of(w_VD, 1) or None)
+    return activation_spec("batch", "residual_length", None), w_spec, _token_spec(), _token_spec()
+
+
+def _check(x: jax.Array, w: jax.Array, targets: jax.Array, vocab_size: int, chunk_tokens: int | None) -> None:
+    problems = []
+    if targets.shape != x.shape[:2]:
+        problems.append(f"targets {targets.shape} do not fit x {x.shape}")
+    if w.ndim != 2 or w.shape[1] != x.shape[2]:
+        problems.append(f"the output projection {w.shape} does not fit x {x.shape}")
+    if not 0 < vocab_size <= w.shape[0]:
+        problems.append(f"vocab_size {vocab_size} is not between 1 and the {w.shape[0]} rows of the output projection")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        problems.append(f"chunk_tokens is {chunk_tokens}; give at least 1, or None")
+    if problems:
+        raise ValueError("cross_entropy: " + "; ".join(problems))

@@ -1,0 +1,93 @@
+"""Rows of a table by token, the table shared over devices by vocabulary and, where FSDP stores it so, by width.
+
+A stored table is not gathered: the tokens of all devices that share its width are, each looks them up in its own columns,
+and an all-to-all brings every token's columns to the device that has the token. So activations travel, not the table, and
+the table's gradient is made where it is stored.
+
+Shape letters: B batch, T positions, V padded vocabulary, D d_model.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from maxlm.kernels import manual
+from maxlm.parallel.axes import activation_spec, mesh_axes
+
+
+def embed(table_VD: jax.Array, tokens_BT: jax.Array, *, length_axis: str = "residual_length") -> jax.Array:
+    """The row of each token, `[B, T, D]` in the table's dtype; zeros for a token that is not in the table.
+
+    The result is sharded over the batch and, by `length_axis`, over positions: `residual_length` as the residual stream
+    of training, `length` (positions whole) for decoding. The table's gradient is added up in float32, and lies as
+    the table does: over the vocabulary, and over D by any of the batch's mesh axes. Raises ValueError on a table that is not
+    two-dimensional or tokens that are not integers.
+    """
+    if table_VD.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+        raise ValueError(f"embed: a table {table_VD.shape} by tokens of {tokens_BT.dtype}; need [V, D] by integers")
+    stored = tuple(axis for axis in manual.axes_of(table_VD, 1) if axis in mesh_axes("batch"))
+    table_VD = manual.bring(table_VD, PartitionSpec(mesh_axes("vocab"), stored or None))
+    tokens_BT = manual.bring(tokens_BT, activation_spec("batch", "length"))
+    return _embed(table_VD, tokens_BT, length_axis)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _embed(table_VD: jax.Array, tokens_BT: jax.Array, length_axis: str) -> jax.Array:
+    table_spec, tokens_spec, x_spec, stored = _specs(table_VD, length_axis)
+    run = manual.on_each_device(
+        partial(_local_lookup, stored=stored, length_axes=mesh_axes(length_axis)), (table_spec, tokens_spec), x_spec
+    )
+    return run(table_VD, tokens_BT)
+
+
+def _forward(table_VD: jax.Array, tokens_BT: jax.Array, length_axis: str):
+    return _embed(table_VD, tokens_BT, length_axis), (table_VD, tokens_BT)
+
+
+def _backward(length_axis: str, residuals, dx_BTD: jax.Array):
+    table_VD, tokens_BT = residuals
+    table_spec, tokens_spec, x_spec, stored = _specs(table_VD, length_axis)
+    local = partial(_local_gradient, stored=stored, length_axes=mesh_axes(length_axis))
+    run = manual.on_each_device(local, (table_spec, tokens_spec, x_spec), table_spec)
+    return run(table_VD, tokens_BT, manual.bring(dx_BTD, x_spec)), None
+
+
+_embed.defvjp(_forward, _backward)
+
+
+def _local_lookup(table_VD: jax.Array, tokens_BT: jax.Array, *, stored: manual.Axes, length_axes: manual.Axes):
+    rows_BT, here_BT = _rows(table_VD, tokens_BT, stored)
+    x_BTD = jnp.where(here_BT[..., None], table_VD.at[rows_BT].get(mode="promise_in_bounds"), 0)
+    # Each token is in one part of the vocabulary, so this sum only adds zeros.
+    if length_axes:
+        x_BTD = manual.scattered_total(x_BTD, length_axes, 1)
+    else:
+        x_BTD = manual.total(x_BTD, mesh_axes("vocab"))
+    return manual.exchanged(x_BTD, stored, split=0, join=2)
+
+
+def _local_gradient(table_VD, tokens_BT, dx_BTD, *, stored: manual.Axes, length_axes: manual.Axes):
+    rows_BT, here_BT = _rows(table_VD, tokens_BT, stored)
+    dx_BTD = manual.exchanged(dx_BTD, stored, split=2, join=0)
+    dx_BTD = manual.gathered(dx_BTD, length_axes, 1).astype(jnp.float32)
+    dtable_VD = manual.zeros(table_VD.shape, jnp.float32, table_VD, dx_BTD)
+    dtable_VD = dtable_VD.at[rows_BT].add(jnp.where(here_BT[..., None], dx_BTD, 0.0), mode="promise_in_bounds")
+    dtable_VD = manual.total(dtable_VD, tuple(axis for axis in mesh_axes("batch") if axis not in stored))
+    return dtable_VD.astype(table_VD.dtype)
+
+
+def _rows(table_VD: jax.Array, tokens_BT: jax.Array, stored: manual.Axes) -> tuple[jax.Array, jax.Array]:
+    """The tokens of all devices that share the table's width as rows of this device's part, and which are in it."""
+    v_local = table_VD.shape[0]
+    rows_BT = manual.gathered(tokens_BT, stored, 0) - manual.index(mesh_axes("vocab")) * v_local
+    return jnp.clip(rows_BT, 0, v_local - 1), (rows_BT >= 0) & (rows_BT < v_local)
+
+
+def _specs(table_VD: jax.Array, length_axis: str):
+    stored = manual.axes_of(table_VD, 1)
+    table_spec = PartitionSpec(mesh_axes("vocab"), stored or None)
+    return table_spec, activation_spec("batch", "length"), activation_spec("batch", length_axis, None), stored
