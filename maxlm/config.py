@@ -42,6 +42,9 @@ FIXED_BY_A_CHECKPOINT = (
 FREE_WITHIN_THEM = (
     "model.remat",
     "model.attention_implementation",
+    # Where they lie may change: what lies there is compared by its fingerprint.
+    "tokenizer.path",
+    "data.store",
     "data.workers",
     "data.prefetch",
     "data.cache_mib",

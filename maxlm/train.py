@@ -53,6 +53,8 @@ def train(config: RunConfig) -> None:
         loader = open_data(program)
         state, done = start(program, checkpoints, loader)
         with make_metrics(program, done) as metrics:
+            if distributed.is_main():
+                write_run_files(program)
             loop(program, state, done, loader, checkpoints, metrics, signals, began)
 
 
@@ -65,8 +67,6 @@ def start(program: Program, checkpoints: Checkpoints, loader: Loader) -> tuple[T
         state, meta = restored
         done = meta["step"]
         check_same_data(meta["data"], loader.fingerprint, program.config)
-    if distributed.is_main():
-        write_run_files(program)
     return state, done
 
 

@@ -20,14 +20,12 @@ from tests.processes import ROOT
 TRAINING = ("step", "tokens", "loss", "nll", "grad_norm", "learning_rate", "skipped_steps")
 
 
-def make_store(folder: Path) -> Path:
+def make_store(folder: Path, packages: tuple[str, ...] = ("json", "logging", "email")) -> Path:
     """A tokenizer and a token store of a few modules of the standard library, under `folder`."""
     text = Path(os.__file__).parent
     data = DataConfig(
         store=str(folder / "store"),
-        sources=[
-            {"kind": "text", "paths": [str(text / name) for name in ("json", "logging", "email")], "suffixes": [".py"]}
-        ],  # type: ignore[list-item]
+        sources=[{"kind": "text", "paths": [str(text / name) for name in packages], "suffixes": [".py"]}],  # type: ignore[list-item]
         heldout_fraction=0.15,
         max_bad_fraction=0.1,  # an empty __init__.py
         workers=1,

@@ -180,3 +180,12 @@ def test_resuming_with_another_model_tokenizer_or_data_is_refused_by_name(change
     with pytest.raises(CheckpointError, match=re.escape(key)):
         train(load_config(uninterrupted / "config.yaml", [changed]))
     assert runs.lines(uninterrupted) == before
+
+
+def test_resuming_on_a_store_of_other_documents_is_refused_by_its_fingerprint(uninterrupted, tmp_path):
+    other = runs.make_store(tmp_path, packages=("asyncio",))
+    before = runs.lines(uninterrupted)
+    moved = [f"tokenizer.path={other / 'tokenizer'}", f"data.store={other / 'store'}"]
+    with pytest.raises(CheckpointError, match=r"(?s)other data.*tokenizer.*stores"):
+        train(load_config(uninterrupted / "config.yaml", moved))
+    assert runs.lines(uninterrupted) == before
