@@ -33,10 +33,10 @@ from maxlm.checkpoint_files import (
     storage_error,
     sum_files,
     verify_files,
-    write_file,
     write_manifest,
 )
 from maxlm.errors import CheckpointError, MaxlmError, StorageError
+from maxlm.files import write_synced
 from maxlm.parallel.distributed import barrier, broadcast_json, gather_json, is_main
 from maxlm.run_lock import RunLock
 from maxlm.section import Section, key
@@ -207,8 +207,8 @@ class Checkpoints:
                 if path.suffix in (WRITING, DELETING) and path.stem.isdecimal():
                     remove(path)
             writing.mkdir()
-            write_file(writing / META, json.dumps(dict(meta), indent=1) + "\n")
-            write_file(writing / CONFIG, config_yaml)
+            write_synced(writing / META, json.dumps(dict(meta), indent=1) + "\n")
+            write_synced(writing / CONFIG, config_yaml)
         except OSError as error:
             remove(writing)
             return {"error": str(storage_error(writing, error))}
@@ -237,7 +237,7 @@ class Checkpoints:
             self._orbax.wait_until_finished()
             sums = sum_files(writing, me, jax.process_count())
             if jax.process_count() > 1:
-                write_file(writing / f"sums.{me}", json.dumps(sums))
+                write_synced(writing / f"sums.{me}", json.dumps(sums))
                 meet("summed")
             if me == 0:
                 for other in range(1, jax.process_count()):

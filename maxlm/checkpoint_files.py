@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from maxlm.errors import CheckpointError, MaxlmError, StorageError
+from maxlm.files import write_synced
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -33,14 +34,6 @@ _REMEDIES = {
 
 class DamagedError(Exception):
     """A file of a checkpoint that is missing, or not as it was written; the message names it and says how."""
-
-
-def write_file(path: Path, content: str) -> None:
-    """Writes a text file, down to the disk."""
-    with open(path, "w", encoding="utf-8", newline="") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def remove(folder: Path) -> None:
@@ -110,7 +103,7 @@ def _sum(path: Path) -> dict[str, Any]:
 def write_manifest(checkpoint: Path, manifest: dict[str, Any]) -> None:
     """Writes manifest.json, with a checksum of its own."""
     body = {"format": FORMAT, **manifest}
-    write_file(checkpoint / MANIFEST, json.dumps({"crc32": _crc(body), **body}, indent=1) + "\n")
+    write_synced(checkpoint / MANIFEST, json.dumps({"crc32": _crc(body), **body}, indent=1) + "\n")
 
 
 def _crc(body: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all."""
+"""Writing files so that a crash leaves nothing half-written that is trusted."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ import tempfile
 from pathlib import Path
 
 from maxlm.errors import StorageError
+
+
+def write_synced(path: Path | str, content: bytes | str) -> None:
+    """Writes a file down to the disk, in a folder that nobody trusts yet. Raises OSError."""
+    with open(path, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_atomically(path: Path | str, content: bytes | str) -> None:
@@ -20,10 +28,8 @@ def write_atomically(path: Path | str, content: bytes | str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        os.close(descriptor)
+        write_synced(temporary, content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:

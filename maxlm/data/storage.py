@@ -7,7 +7,6 @@ import functools
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,22 +138,3 @@ class Storage:
         """Removes the file, if there is one."""
         with storage_errors(self.where(name)):
             self.kvstore.write(name, None).result()
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a local file whole or not at all, synced. Raises StorageError."""
-    temporary: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        raise storage_error(error, str(path)) from error

@@ -155,10 +155,10 @@ class Tokenizer:
 
         Raises StorageError where the folder cannot be written.
         """
-        from maxlm.data.storage import write_file
+        from maxlm.files import write_atomically
 
         for name, content in self.files().items():
-            write_file(Path(folder) / name, content)
+            write_atomically(Path(folder) / name, content)
 
 
 def _remake(backend: str, content: bytes, specials: dict, pattern: str | None, origin: str) -> Tokenizer:

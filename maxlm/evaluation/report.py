@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import tempfile
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -11,9 +9,10 @@ from typing import Any
 
 import yaml
 
-from maxlm.errors import MaxlmError, StorageError
+from maxlm.errors import MaxlmError
 from maxlm.evaluation.chart import Series, line_chart
 from maxlm.evaluation.report_style import SCRIPT, STYLE
+from maxlm.files import write_atomically
 
 Line = dict[str, Any]
 
@@ -48,18 +47,7 @@ def write_report(run_dir: str | Path) -> Path:
     """
     record = read_run(Path(run_dir))
     path = Path(run_dir) / "report.html"
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=run_dir, prefix=".report.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(page(record))
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
+    write_atomically(path, page(record))
     return path
 
 

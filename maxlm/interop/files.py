@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from maxlm.data.storage import storage_error
 from maxlm.errors import DataError, StorageError
+from maxlm.files import write_synced
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Number formats that weights come in, as numpy and as safetensors call them.
@@ -57,7 +58,7 @@ def write_shards(folder: Path, specs: list[TensorSpec], max_shard_bytes: int) ->
         write_safetensors(folder / name, shard)
     weight_map = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
     index = {"metadata": {"total_size": sum(spec.n_bytes for spec in specs)}, "weight_map": weight_map}
-    write_bytes(folder / INDEX, to_json(index))
+    write_synced(folder / INDEX, to_json(index))
 
 
 def write_safetensors(path: Path, specs: list[TensorSpec]) -> None:
@@ -82,14 +83,6 @@ def write_safetensors(path: Path, specs: list[TensorSpec]) -> None:
             if tensor.shape != spec.shape or tensor.dtype != DTYPES[spec.dtype]:
                 raise ValueError(f"{spec.name} was made as {tensor.dtype}{tensor.shape}, not {spec.dtype}{spec.shape}")
             file.write(np.ascontiguousarray(tensor).view(np.uint8).data if tensor.size else b"")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file and syncs it; its folder is not yet one that anybody trusts (see `new_folder`)."""
-    with open(path, "wb") as file:
-        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 

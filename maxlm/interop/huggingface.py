@@ -23,8 +23,8 @@ from maxlm.interop.files import (
     read_json,
     refuse_existing,
     to_json,
-    write_bytes,
     write_shards,
+    write_synced,
 )
 from maxlm.models.config import ModelConfig
 from maxlm.models.families import Family, family_for, family_of
@@ -95,7 +95,7 @@ def export_params(
     with new_folder(out) as folder:
         write_shards(folder, specs, max_shard_bytes)
         for name, content in sorted(files.items()):
-            write_bytes(folder / name, content)
+            write_synced(folder / name, content)
 
 
 def _tensor(name: str, weight: Weight, layer: int, config: ModelConfig, params: Params, dtype: str) -> np.ndarray:
@@ -239,7 +239,7 @@ def _write_run(folder: Path, run: RunConfig, params: Params, tokenizer: Tokenize
         checkpoints.save(0, {"params": params}, meta=meta, config_yaml=text)
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer")
-    write_bytes(folder / "config.yaml", text.encode())
+    write_synced(folder / "config.yaml", text.encode())
 
 
 def _leaf(tree: Any, path: str) -> Any:

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from maxlm.errors import ConfigError, MaxlmError, StorageError
+from maxlm.files import write_atomically
 from maxlm.section import Section, key
 from maxlm.training.progress import Console, Progress
 
@@ -105,8 +105,8 @@ class Metrics:
         self._file: IO[str] | None = None
         self._sinks: list[Any] = []
         if main:
-            self._file = _open_metrics_file(self.run_dir / METRICS_FILE, resume_step, self.console)
             self._sinks = _open_sinks(self.run_dir, config, resume_step)
+            self._file = _open_metrics_file(self.run_dir / METRICS_FILE, resume_step, self.console)
         self._progress = Progress(self.console, config.progress, total_steps=total_steps, step=resume_step)
 
     def record(self, step: int, device_metrics: Mapping[str, Any], *, data_wait_seconds: float = 0.0) -> None:
@@ -276,7 +276,7 @@ def _open_metrics_file(path: Path, resume_step: int, console: Console) -> IO[str
             kept = [line for line in before if _step_of(line, path) <= resume_step]
             after = b"".join(line + b"\n" for line in kept)
             if after != b"\n".join(before):
-                _replace(path, after)
+                write_atomically(path, after)
                 n_cut = sum(1 for line in before if line) - len(kept)
                 console.log(f"{path.name}: {n_cut} lines after step {resume_step} were taken out; they come again")
         return path.open("a", encoding="utf-8")
@@ -289,20 +289,6 @@ def _step_of(line: bytes, path: Path) -> float:
     except (ValueError, TypeError, KeyError):
         return math.inf
     return step if isinstance(step, int) else math.inf
-
-
-def _replace(path: Path, content: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, path.stat().st_mode)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _open_sinks(run_dir: Path, config: MetricsConfig, resume_step: int) -> list[Any]:

@@ -4,10 +4,10 @@ import shutil
 import pytest
 
 from maxlm.data.prepare import prepare
-from maxlm.data.storage import Storage, kvstore_spec, write_file
+from maxlm.data.storage import Storage, kvstore_spec
 from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
-from maxlm.errors import ConfigError, DataError, StorageError
+from maxlm.errors import ConfigError, DataError
 from tests.data.corpus import jsonl_config, make_texts, write_jsonl
 
 
@@ -156,11 +156,3 @@ def test_damaged_token_is_noticed_when_read(store, tmp_path):
     opened = TokenStore(str(tmp_path / "copy"))
     with pytest.raises(DataError, match="train/tokens: damaged"):
         opened.read("train/tokens")
-
-
-def test_written_file_is_whole_or_not_there(tmp_path):
-    write_file(tmp_path / "a" / "b", b"old")
-    (tmp_path / "a" / "c").mkdir()
-    with pytest.raises(StorageError, match="a/c"):
-        write_file(tmp_path / "a" / "c", b"a folder is in the way")
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["b", "c"]

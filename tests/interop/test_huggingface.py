@@ -222,7 +222,7 @@ def test_an_empty_folder_may_be_exported_into(tmp_path):
 # What happens to an export half-way, as the code of a process before it exports: a kill, a disk that is full.
 MISHAPS = {
     "killed": (
-        "import os, signal\nhuggingface.write_bytes = lambda path, content: os.kill(os.getpid(), signal.SIGKILL)\n",
+        "import os, signal\nhuggingface.write_synced = lambda path, content: os.kill(os.getpid(), signal.SIGKILL)\n",
         -9,
     ),
     "no room": ("import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n", 5),

@@ -17,6 +17,9 @@ VARIANTS = {
 }
 
 
+LLAMA3 = {"vocab_size": 128256, "n_kv_heads": 8}
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_counted_parameters_are_those_of_the_arrays(name):
     run = tiny.config(model=VARIANTS[name])
@@ -31,8 +34,8 @@ def test_counted_parameters_are_those_of_the_arrays(name):
 @pytest.mark.parametrize(
     ("published", "sizes"),
     [
-        (8.03e9, {"vocab_size": 128256, "n_layers": 32, "d_model": 4096, "n_heads": 32, "n_kv_heads": 8, "d_ff": 14336}),
-        (70.6e9, {"vocab_size": 128256, "n_layers": 80, "d_model": 8192, "n_heads": 64, "n_kv_heads": 8, "d_ff": 28672}),
+        (8.03e9, {**LLAMA3, "n_layers": 32, "d_model": 4096, "n_heads": 32, "d_ff": 14336}),
+        (70.6e9, {**LLAMA3, "n_layers": 80, "d_model": 8192, "n_heads": 64, "d_ff": 28672}),
         (124.4e6, {**tiny.GPT2, "vocab_size": 50257, "n_layers": 12, "d_model": 768, "n_heads": 12, "n_kv_heads": 12,
                    "d_ff": 3072, "max_seq_len": 1024}),
     ],
@@ -53,7 +56,15 @@ def test_training_flops_are_six_a_matmul_parameter_and_the_causal_half_of_attent
 
 def test_forward_flops_are_the_compilers_without_its_elementwise_ones():
     run = tiny.config(
-        model={**tiny.LLAMA, "n_layers": 1, "d_model": 256, "d_ff": 1024, "n_heads": 4, "n_kv_heads": 4, "vocab_size": 1024},
+        model={
+            **tiny.LLAMA,
+            "n_layers": 1,
+            "d_model": 256,
+            "d_ff": 1024,
+            "n_heads": 4,
+            "n_kv_heads": 4,
+            "vocab_size": 1024,
+        },
         train={"global_batch_tokens": 256},
     )
     program = tiny.program(run)

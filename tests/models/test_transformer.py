@@ -14,7 +14,9 @@ BRICKS = {
     "multi-query, soft-caps, qk-norm": {
         **tiny.LLAMA, "n_kv_heads": 1, "attention_softcap": 20.0, "logit_softcap": 15.0, "qk_norm": True
     },
-    "wide heads, geglu, biases": {**tiny.LLAMA, "head_dim": 32, "mlp": "geglu", "attention_bias": True, "mlp_bias": True},
+    "wide heads, geglu, biases": {
+        **tiny.LLAMA, "head_dim": 32, "mlp": "geglu", "attention_bias": True, "mlp_bias": True
+    },
     "layer norm, squared relu, tied": {**tiny.LLAMA, "norm": "layer", "mlp": "relu2", "tied_embeddings": True},
 }  # fmt: skip
 MESHES = {"fsdp 8": {"fsdp": 8}, "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2}}
@@ -37,7 +39,9 @@ def assert_close(found, expected, rtol):
     """
     scale = max(np.abs(b).max() for b in jax.tree.leaves(expected))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(np.abs(b).max(), 1e-3 * scale), err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=rtol * max(np.abs(b).max(), 1e-3 * scale), err_msg=jax.tree_util.keystr(path)
+        )
 
 
 @pytest.mark.parametrize("bricks", BRICKS)

@@ -70,7 +70,9 @@ def test_the_step_is_adamw_with_clipping_as_optax_has_it():
         schedule = make_schedule(run.schedule, run.optimizer.learning_rate, run.train.steps)
         reference = optax.chain(
             optax.clip_by_global_norm(0.05),
-            optax.adamw(schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.3, mask=lambda p: decay_mask(p, ("norm", "bias"))),
+            optax.adamw(
+                schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.3, mask=lambda p: decay_mask(p, ("norm", "bias"))
+            ),
         )
         state, step = program.init_state(), program.train_step()
         params = jax.tree.map(jnp.copy, state.params)
