@@ -1,9 +1,9 @@
 """Cross-entropy of the output projection, over chunks of tokens and a vocabulary shared by devices.
 
-Logits of all tokens never exist: a scan makes those of one chunk, on each device for its own part of the vocabulary, and
-softmax's maximum and sum are put together over the devices (Megatron-LM, arXiv:1909.08053, section 3). When gradients are
-asked for, the same pass over the chunks makes them (as in Liger, arXiv:2410.10989): three products instead of four, and
-backward only scales them by the gradient of the sum.
+Logits of all tokens never exist: a scan makes those of one chunk, on each device for its own part of the vocabulary,
+and softmax's maximum and sum are put together over the devices (Megatron-LM, arXiv:1909.08053, section 3). When
+gradients are asked for, the same pass over the chunks makes them (as in Liger, arXiv:2410.10989): three products instead
+of four, and backward only scales them by the gradient of the sum.
 
 Shape letters: B batch, T positions, D d_model, V padded vocabulary, N tokens of a chunk.
 """
@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec
 from maxlm.kernels import manual
 from maxlm.parallel.axes import activation_spec, mesh_axes
 
-# Bytes of one chunk's float32 logits, and the fewest tokens whose products are still efficient. On a CPU the devices of a
-# mesh are simulated and share one memory, so the bytes are for all of them (docs/performance-log.md).
+# Bytes of one chunk's float32 logits, and the fewest tokens whose products are still efficient. On a CPU the devices of
+# a mesh are simulated and share one memory, so the bytes are for all of them (docs/performance-log.md).
 CPU_CHUNK_BYTES, CPU_LEAST_TOKENS = 64 << 20, 128
 ACCELERATOR_CHUNK_BYTES, ACCELERATOR_LEAST_TOKENS = 96 << 20, 64
 
@@ -152,11 +152,11 @@ def _local_gradients(x_BTD, w_VD, targets_BT, weights_BT, *, how: _How, w_axes: 
     """The sums, and their gradients by x (in its dtype), w (in its dtype, added up in float32) and weights.
 
     With `e` the exponentials of a row but its target's, and `a = 1 + 2 z_loss lse`, the row of logit gradients is
-    `weight a / s * E`, where `E = e` except `e_y - s / a` at the target. Multiplying `E` and scaling the products saves a
-    pass over the logits, and at the target loses nothing to cancellation when its probability is near 1.
+    `weight a / s * E`, where `E = e` except `e_y - s / a` at the target. Multiplying by `E` and scaling the products
+    saves a pass over the logits, and loses nothing to cancellation at a target whose probability is near 1.
     """
     losses_of, chunks, n_tokens = _prepare(x_BTD, w_VD, targets_BT, weights_BT, how, w_axes)
-    w_full_VD = manual.gathered(w_VD, w_axes, 1).astype(x_BTD.dtype)
+    w_full_VD = manual.gathered(w_VD.astype(x_BTD.dtype), w_axes, 1)
 
     def body(carry, chunk):
         sums, dw_VD = carry
@@ -204,7 +204,7 @@ class _Losses:
 def _prepare(x_BTD, w_VD, targets_BT, weights_BT, how: _How, w_axes: manual.Axes):
     """The function that makes a chunk's losses, the chunks to scan over, and how many of their tokens are real."""
     axes = mesh_axes("vocab")
-    w_VD = manual.gathered(w_VD, w_axes, 1).astype(x_BTD.dtype)
+    w_VD = manual.gathered(w_VD.astype(x_BTD.dtype), w_axes, 1)
     x_BTD = manual.gathered(x_BTD, mesh_axes("residual_length"), 1)
     first_column = manual.index(axes) * w_VD.shape[0]
     padded = w_VD.shape[0] * manual.count(axes) != how.vocab_size

@@ -1,8 +1,8 @@
 """Rows of a table by token, the table shared over devices by vocabulary and, where FSDP stores it so, by width.
 
-A stored table is not gathered: the tokens of all devices that share its width are, each looks them up in its own columns,
-and an all-to-all brings every token's columns to the device that has the token. So activations travel, not the table, and
-the table's gradient is made where it is stored.
+A stored table is not gathered: the tokens of all devices that share its width are, each device looks them up in its own
+columns, and an all-to-all brings every token's columns to the device that has the token. So activations travel, not the
+table, and the table's gradient is made where it is stored.
 
 Shape letters: B batch, T positions, V padded vocabulary, D d_model.
 """
@@ -24,8 +24,8 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array, *, length_axis: str = "resi
 
     The result is sharded over the batch and, by `length_axis`, over positions: `residual_length` as the residual stream
     of training, `length` (positions whole) for decoding. The table's gradient is added up in float32, and lies as
-    the table does: over the vocabulary, and over D by any of the batch's mesh axes. Raises ValueError on a table that is not
-    two-dimensional or tokens that are not integers.
+    the table does: over the vocabulary, and over D by any of the batch's mesh axes. Raises ValueError on a table that
+    is not two-dimensional or tokens that are not integers.
     """
     if table_VD.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
         raise ValueError(f"embed: a table {table_VD.shape} by tokens of {tokens_BT.dtype}; need [V, D] by integers")

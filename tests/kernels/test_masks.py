@@ -1,0 +1,38 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from maxlm.kernels.masks import Mask
+
+MASKS = [Mask(causal, window) for causal in (True, False) for window in (None, 1, 3, 8, 9, 100)]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize(("q_tile", "kv_tile"), [(4, 4), (4, 8), (8, 4), (5, 3), (1, 1)])
+def test_census_of_tiles_agrees_with_every_element(mask: Mask, q_tile: int, kv_tile: int):
+    rows, columns = 5, 6
+    allowed = mask.allows(np.arange(rows * q_tile)[:, None], np.arange(columns * kv_tile)[None, :])
+    allowed = np.broadcast_to(allowed, (rows * q_tile, columns * kv_tile))
+    tiles = mask.tiles(rows, columns, q_tile, kv_tile)
+    assert [tile[:2] for tile in tiles] == list(itertools.product(range(rows), range(columns)))
+    for row, column, kind in tiles:
+        part = allowed[row * q_tile : (row + 1) * q_tile, column * kv_tile : (column + 1) * kv_tile]
+        assert kind == ("full" if part.all() else "partial" if part.any() else "empty"), (row, column)
+
+
+def test_causal_window_allows_exactly_the_last_keys_up_to_the_query():
+    allowed = Mask(causal=True, window=3).allows(np.arange(10)[:, None], np.arange(10)[None, :])
+    for q in range(10):
+        assert list(np.flatnonzero(allowed[q])) == list(range(max(0, q - 2), q + 1))
+
+
+def test_half_of_the_tiles_of_a_causal_mask_are_empty():
+    kinds = [tile.kind for tile in Mask(causal=True).tiles(8, 8, 128, 128)]
+    assert (kinds.count("empty"), kinds.count("partial"), kinds.count("full")) == (28, 8, 28)
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_window_without_keys_is_refused(window: int):
+    with pytest.raises(ValueError, match=f"window of {window} keys"):
+        Mask(window=window)

@@ -1,0 +1,100 @@
+"""What the kernels compute, in NumPy and float64, and the meshes that the tests put them on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from maxlm.parallel.mesh import MeshConfig, make_mesh
+
+# float32 rounds at 6e-8, and the sums here have up to some hundreds of terms of like size, in another order than the
+# truth's.
+FLOAT32_TOLERANCE = 5e-6
+# bfloat16 rounds at 2^-9 = 2e-3: inputs are rounded before both sides see them; probabilities, score gradients and
+# results are rounded inside, about four times in a row.
+BFLOAT16_TOLERANCE = 1.6e-2
+
+SHARDED = MeshConfig(data=2, fsdp=2, tensor=2)
+
+
+def mesh_of(config: MeshConfig | None = None) -> jax.sharding.Mesh:
+    """A mesh of all simulated devices, or of one device."""
+    return make_mesh(MeshConfig(), jax.devices()[:1]) if config is None else make_mesh(config)
+
+
+def put(x: Any, spec: PartitionSpec) -> jax.Array:
+    return jax.device_put(x, jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec))
+
+
+def tolerance(dtype: Any) -> float:
+    return FLOAT32_TOLERANCE if dtype == np.float32 else BFLOAT16_TOLERANCE
+
+
+def assert_close(got: Any, truth: np.ndarray, within: float, what: str = "", least_scale: float = 1e-3) -> None:
+    """The greatest difference, relative to the greatest value of the truth, or to `least_scale` if that is more."""
+    got = np.asarray(got, np.float64)
+    assert got.shape == truth.shape, what
+    assert np.isfinite(got).all(), what
+    error = np.abs(got - truth).max(initial=0.0)
+    scale = max(np.abs(truth).max(initial=0.0), least_scale)
+    assert error <= within * scale, f"{what}: off by {error / scale:.2e}, more than {within:.1e}"
+
+
+def softmax_masked(scores: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    scores = np.where(allowed, scores, -np.inf)
+    top = scores.max(axis=-1, keepdims=True)
+    e = np.where(allowed, np.exp(scores - np.where(np.isfinite(top), top, 0.0)), 0.0)
+    total = e.sum(axis=-1, keepdims=True)
+    return e / np.where(total == 0.0, 1.0, total)
+
+
+def attention(q, k, v, do, allowed_BTS, scale: float, softcap: float | None) -> tuple[np.ndarray, ...]:
+    """The output and the gradients of q, k and v, by the textbook formulas."""
+    q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
+    B, T, H, K = q.shape
+    G = k.shape[2]
+    q, do = q.reshape(B, T, G, H // G, K), do.reshape(B, T, G, H // G, -1)
+    s = scale * np.einsum("btgrk,bsgk->bgrts", q, k)
+    slope = 1.0
+    if softcap is not None:
+        s = softcap * np.tanh(s / softcap)
+        slope = 1.0 - (s / softcap) ** 2
+    p = softmax_masked(s, allowed_BTS[:, None, None])
+    o = np.einsum("bgrts,bsgv->btgrv", p, v)
+    dp = np.einsum("btgrv,bsgv->bgrts", do, v)
+    ds = scale * slope * p * (dp - (p * dp).sum(axis=-1, keepdims=True))
+    dq, dk = np.einsum("bgrts,bsgk->btgrk", ds, k), np.einsum("bgrts,btgrk->bsgk", ds, q)
+    dv = np.einsum("bgrts,btgrv->bsgv", p, do)
+    return o.reshape(B, T, H, -1), dq.reshape(B, T, H, K), dk, dv
+
+
+def cross_entropy(
+    x, w, targets, weights, vocab_size: int, softcap: float | None, z_loss: float
+) -> dict[str, np.ndarray]:
+    """The sums, the losses of tokens, and the gradients of x, w and weights."""
+    x, w, weights = (np.asarray(a, np.float64) for a in (x, w, weights))
+    logits = np.einsum("btd,vd->btv", x, w[:vocab_size])
+    slope = 1.0
+    if softcap is not None:
+        logits = softcap * np.tanh(logits / softcap)
+        slope = 1.0 - (logits / softcap) ** 2
+    top = logits.max(axis=-1, keepdims=True)
+    lse = (top + np.log(np.exp(logits - top).sum(axis=-1, keepdims=True)))[..., 0]
+    nll = lse - np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    p = np.exp(logits - lse[..., None])
+    one_hot = targets[..., None] == np.arange(vocab_size)
+    dlogits = slope * weights[..., None] * (p * (1.0 + 2.0 * z_loss * lse[..., None]) - one_hot)
+    dw = np.zeros_like(w)
+    dw[:vocab_size] = np.einsum("btv,btd->vd", dlogits, x)
+    return {
+        "nll_sum": (weights * nll).sum(),
+        "z_sum": (weights * z_loss * lse**2).sum(),
+        "nll": nll,
+        "logits": logits,
+        "dx": np.einsum("btv,vd->btd", dlogits, w[:vocab_size]),
+        "dw": dw,
+        "dweights": nll + z_loss * lse**2,
+    }
