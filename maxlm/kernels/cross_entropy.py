@@ -2,8 +2,8 @@
 
 Logits of all tokens never exist: a scan makes those of one chunk, on each device for its own part of the vocabulary,
 and softmax's maximum and sum are put together over the devices (Megatron-LM, arXiv:1909.08053, section 3). When
-gradients are asked for, the same pass over the chunks makes them (as in Liger, arXiv:2410.10989): three products instead
-of four, and backward only scales them by the gradient of the sum.
+gradients are asked for, the same pass over the chunks makes them (as in Liger, arXiv:2410.10989): three products
+instead of four, and backward only scales them by the gradient of the sum.
 
 Shape letters: B batch, T positions, D d_model, V padded vocabulary, N tokens of a chunk.
 """
