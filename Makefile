@@ -4,6 +4,8 @@ VENV ?= .venv
 RUN = $(VENV)/bin
 MAXLM = $(RUN)/maxlm
 QUICKSTART ?= runs/quickstart
+# Two files of tests at a time: compiling, which takes most of the time, keeps one core busy.
+SIDE_BY_SIDE ?= --numprocesses 2 --dist loadfile
 # More overrides for the quickstart, such as train.steps=50.
 SET ?=
 
@@ -29,10 +31,10 @@ quickstart: install
 	@MAXLM=$(MAXLM) bash launch/quickstart.sh $(QUICKSTART) $(SET)
 
 test: install
-	$(RUN)/python -m pytest -m "not slow"
+	$(RUN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE)
 
 test-fast: install
-	$(RUN)/python -m pytest -m "not slow and not processes"
+	$(RUN)/python -m pytest -m "not slow and not processes" $(SIDE_BY_SIDE)
 
 test-slow: install
 	$(RUN)/python -m pytest -m slow

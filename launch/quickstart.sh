@@ -5,35 +5,49 @@ set -euo pipefail
 run=$1
 shift
 maxlm=${MAXLM:-maxlm}
-settings=(run_dir="$run" tokenizer.path="$run/tokenizer" data.store="$run/store" "$@")
+settings=()
+if [ "$run" != runs/quickstart ]; then # the preset's own folder needs no telling
+  settings=(run_dir="$run" tokenizer.path="$run/tokenizer" data.store="$run/store")
+fi
+settings+=("$@")
+
+show() {
+  printf '\n\033[1m$ maxlm'
+  printf ' %q' "$@"
+  printf '\033[0m\n'
+}
 
 step() {
-  printf '\n\033[1m$ maxlm %s\033[0m\n' "$*"
+  show "$@"
   "$maxlm" "$@"
 }
 
 began=$SECONDS
-step tokenizer train quickstart "${settings[@]}"
-step data prepare quickstart "${settings[@]}"
-step train quickstart "${settings[@]}"
+step tokenizer train quickstart ${settings[@]+"${settings[@]}"}
+step data prepare quickstart ${settings[@]+"${settings[@]}"}
+step train quickstart ${settings[@]+"${settings[@]}"}
 step eval "$run"
-step generate "$run" --prompt 'def ' --max-tokens 120 --temperature 0.7
+sample=(generate "$run" --prompt 'def ' --max-tokens 100 --temperature 0.6)
+step "${sample[@]}"
+"$maxlm" "${sample[@]}" --json >"$run/samples.json" # for the report
 step export "$run" "$run/export" --to hf
 step report "$run"
 
 cat <<END
 
 Made in $((SECONDS - began)) seconds, under $run:
-  tokenizer/       a byte-level BPE tokenizer of this Python's standard library
-  store/           its tokens, ready for training
-  checkpoints/     the model's weights and optimizer, resumed from when training starts again
+  tokenizer/       a byte-level BPE tokenizer, trained on this Python's standard library
+  store/           the library as tokens, ready to train on
+  checkpoints/     weights and optimizer state: training goes on from here
   metrics.jsonl    every logged step
   export/          the model in Hugging Face format
-  report.html      the loss curves: open it in a browser
+  report.html      the run on one page: open it in a browser
 
 Next:
-  $maxlm train $run/config.yaml train.steps=1000              train on, from where it stopped
-  $maxlm generate $run --prompt 'class ' --temperature 0.5    sample again
-  $maxlm config --presets                                     larger models, to 70B
-  $maxlm config --help-keys                                   every setting, explained
+  $maxlm train $run train.steps=1000
+      train on, from where it stopped
+  $maxlm generate $run --prompt 'class ' --prompt 'import ' --temperature 0.5
+      sample again
+  $maxlm config --presets
+      larger models, to 70B;  $maxlm config --help-keys explains every setting
 END

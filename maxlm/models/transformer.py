@@ -36,7 +36,7 @@ class Embedding(nnx.Module):
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, context: Context) -> jax.Array:
         """Vectors `[B, T, D]` in the compute format, as the residual stream is sharded."""
         _, length_axis, _ = context.residual
-        x_BTD = embed(use(self.tokens, self.dtype), tokens_BT, length_axis=length_axis)
+        x_BTD = embed(self.tokens[...], tokens_BT, length_axis=length_axis).astype(self.dtype)
         if hasattr(self, "positions"):
             table = use(self.positions, self.dtype)
             x_BTD = x_BTD + table.at[positions_BT].get(out_sharding=activation_spec(*context.residual))
@@ -74,8 +74,8 @@ class Transformer(nnx.Module):
         return self._forward(tokens_BT, positions_BT, None, cache, lengths_B)
 
     def head_weight(self) -> jax.Array:
-        """The output projection `[V, D]` in the compute format, gathered where it was stored in pieces."""
-        return use(self.embedding.tokens if self.config.tied_embeddings else self.head.kernel, self.dtype)
+        """The output projection `[V, D]` as it is stored: the kernels cast it, gather it and scatter its gradient."""
+        return (self.embedding.tokens if self.config.tied_embeddings else self.head.kernel)[...]
 
     def _forward(self, tokens_BT, positions_BT, segments_BT, cache, lengths_B) -> tuple[jax.Array, Any]:
         rope = None
