@@ -3,9 +3,9 @@
     python benchmarks/train_step.py CONFIG [key=value ...] [--devices N] [--steps N]
 
 CONFIG is a preset or a YAML file; `--devices N` simulates N devices on the CPU. The step is the one that `maxlm train`
-runs. Printed: tokens/s and step time (median over the steps after the first), model FLOP/s, the peak resident memory
-of the process, the compiler's own memory figures a device, and the seconds from the start of the process to the end of
-the first step.
+runs. Printed: tokens/s and step time (median over the steps after the first), model FLOP/s and MFU, the peak resident
+memory of the process, the compiler's own memory figures a device, and the seconds from the start of the process to the
+end of the first step.
 """
 
 import time
@@ -28,7 +28,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps to time, after the first")
     args = parser.parse_intermixed_args()
     if args.devices:
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}"
+        os.environ["XLA_FLAGS"] = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}"
+        )
     print(json.dumps(measure(args.config, args.overrides, args.steps), indent=1))
 
 
@@ -40,6 +42,7 @@ def measure(path: str, overrides: list[str], steps: int) -> dict:
     from maxlm.config import load_config
     from maxlm.models.flops import count_parameters, training_flops_per_token
     from maxlm.parallel.mesh import make_mesh
+    from maxlm.planning.hardware import peak_flops_per_device
     from maxlm.training.program import Program
 
     config = load_config(path, overrides)
@@ -62,6 +65,7 @@ def measure(path: str, overrides: list[str], steps: int) -> dict:
     median = statistics.median(seconds[1:])
     flops = training_flops_per_token(config.model, config.train.seq_len) * tokens
     memory = compiled.memory_analysis()
+    peak, meaning = peak_flops_per_device(mesh.devices.flatten().tolist(), config.precision.compute)
     return {
         "config": config.name,
         "overrides": overrides,
@@ -73,6 +77,8 @@ def measure(path: str, overrides: list[str], steps: int) -> dict:
         "step_seconds": {"median": median, "min": min(seconds[1:]), "max": max(seconds[1:])},
         "tokens_per_second": tokens / median,
         "model_flops_per_second": flops / median,
+        "mfu": flops / median / (peak * mesh.size) if peak else None,
+        "mfu_is_over_the": meaning,
         "first_step_seconds_from_start": first_step,
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         "compiled_bytes_per_device": {

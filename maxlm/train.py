@@ -154,13 +154,14 @@ def loop(
                 step, state, meta=run_meta(step, config, loader), config_yaml=to_yaml(config), metric=eval_loss
             )
             metrics.mark()
-        if stop and step < total:
-            checkpoints.wait()
-            metrics.say(f"stopped after step {step:,} and saved; resume with: maxlm train {config.run_dir}")
-            return
+        if stop:
+            break
     profiler.close()
     checkpoints.wait()
-    metrics.say(f"done: {total:,} steps, {total * config.train.global_batch_tokens:,} tokens, in {config.run_dir}")
+    if step < total:
+        metrics.say(f"stopped after step {step:,} and saved; resume with: maxlm train {config.run_dir}")
+    else:
+        metrics.say(f"done: {total:,} steps, {total * config.train.global_batch_tokens:,} tokens, in {config.run_dir}")
 
 
 class RunEvaluation:
