@@ -302,8 +302,10 @@ def restore_params(folder: Path | str, abstract_params: T, step: int | None = No
             raise CheckpointError(
                 f"{folder}: there is no checkpoint here; train first, or give the folder of another run"
             )
-    elif problem := _agreed_problem(folder / str(step)):
-        raise CheckpointError(f"{folder / str(step)} is damaged: {problem}{_others(folder, step)}")
+    else:
+        _check_step(folder, step)
+        if problem := _agreed_problem(folder / str(step)):
+            raise CheckpointError(f"{folder / str(step)} is damaged: {problem}{_others(folder, step)}")
     return _read(folder / str(step), abstract_params, "params"), json.loads(_read_text(folder, META, step))
 
 
@@ -350,6 +352,12 @@ def _newest_intact(folder: Path) -> tuple[int | None, list[int]]:
     return None, []
 
 
+def _check_step(folder: Path, step: int) -> None:
+    """Raises CheckpointError where `step` has no checkpoint, naming the steps that have one."""
+    if step not in _steps(folder):
+        raise CheckpointError(f"{folder / str(step)}: there is no such checkpoint{_others(folder, step)}")
+
+
 def _others(folder: Path, step: int) -> str:
     others = [str(other) for other in _steps(folder) if other != step]
     return f"; the other steps here are {', '.join(others)}" if others else ""
@@ -373,8 +381,8 @@ def _metric(checkpoint: Path) -> float | None:
 
 
 def _read_text(folder: Path, name: str, step: int | None) -> str:
-    if step is not None and step not in _steps(folder):
-        raise CheckpointError(f"{folder / str(step)}: there is no such checkpoint{_others(folder, step)}")
+    if step is not None:
+        _check_step(folder, step)
     problem = "there is no checkpoint here"
     for candidate in [step] if step is not None else reversed(_steps(folder)):
         try:

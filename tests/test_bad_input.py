@@ -142,7 +142,9 @@ CASES = {
     "every checkpoint damaged": (all_checkpoints_damaged, 4, r"damaged"),
     "another model than the checkpoint's": (other_width, 4, r"model\.d_ff.*64.*96"),
     "a run that is not one": (after(lambda s: None, "eval", "{}/data"), 4, r"not a run's folder"),
-    "a step that was not kept": (after(lambda s: None, "eval", "{}/old", "--step", "77"), 4, r"77"),
+    "a step that was not kept": (
+        after(lambda s: None, "eval", "{}/old", "--step", "77"), 4, r"/77: there is no such.*steps here are 2"
+    ),
     "an export onto something": (
         after(lambda s: None, "export", "{}/old", "{}/data", "--to", "hf"), 5, r"data"
     ),
