@@ -88,14 +88,14 @@ def generate(args: argparse.Namespace) -> None:
         seed=args.seed,
         step=args.step,
     )
-    pairs = [{"prompt": prompt, "text": text} for prompt, text in zip(args.prompt, texts, strict=True)]
+    pairs = [{"prompt": prompt, "continuation": text} for prompt, text in zip(args.prompt, texts, strict=True)]
     if args.json:
         print_json(pairs)
         return
     for i, pair in enumerate(pairs):
         if i:
             print("-" * 40)
-        print(pair["prompt"] + pair["text"])
+        print(pair["prompt"] + pair["continuation"])
 
 
 def export(args: argparse.Namespace) -> None:

@@ -329,8 +329,12 @@ def test_a_run_goes_from_text_to_a_report_by_commands_alone(tmp_path):
     scores = json.loads(run("eval", "runs/quickstart", "--json").stdout)
     assert 4 < scores["eval_loss"] < 7
     sampling = ["--max-tokens", "4", "--greedy", "--json"]
-    pairs = json.loads(run("generate", "runs/quickstart", "--prompt", "Doc", "--prompt", "a", *sampling).stdout)
-    assert [pair["prompt"] for pair in pairs] == ["Doc", "a"]
+    samples = run("generate", "runs/quickstart", "--prompt", "Doc", "--prompt", "<b>", *sampling).stdout
+    assert [(set(pair), pair["prompt"]) for pair in json.loads(samples)] == [
+        ({"prompt", "continuation"}, prompt) for prompt in ("Doc", "<b>")
+    ]
+    (tmp_path / "runs/quickstart/samples.json").write_text(samples)
     run("export", "runs/quickstart", "out", "--to", "hf")
     assert (tmp_path / "out/model.safetensors").is_file()
     assert "runs/quickstart/report.html" in run("report", "runs/quickstart").stdout
+    assert "<b>&lt;b&gt;</b>" in (tmp_path / "runs/quickstart/report.html").read_text()
