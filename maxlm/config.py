@@ -5,6 +5,7 @@ Each section is a class beside the code that it configures; this file knows what
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -116,6 +117,18 @@ def _misfits(c: RunConfig) -> Iterator[str]:
         yield (
             f"schedule.warmup_steps = {warmup} and schedule.decay_steps = {c.schedule.decay_steps} "
             f"do not fit into train.steps = {steps}"
+        )
+    if c.profile.steps and c.profile.start_step > steps:
+        yield (
+            f"profile.start_step = {c.profile.start_step} is after train.steps = {steps}, the end of the run: "
+            "nothing would be traced"
+        )
+    save, evaluate = c.checkpoint.every, c.evaluation.every
+    if c.checkpoint.keep_best and (evaluate is None or math.lcm(save, evaluate) > steps):
+        yield (
+            f"checkpoint.keep_best = {c.checkpoint.keep_best} goes by the held-out loss of saved steps, and with "
+            f"evaluation.every = {'null' if evaluate is None else evaluate} and checkpoint.every = {save} no step but "
+            "the last is both evaluated and saved"
         )
 
 

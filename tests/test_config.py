@@ -87,6 +87,18 @@ BAD_CONFIGS = {
         ["train.steps=200"],
         ["run.yaml:4", "schedule.decay_steps = 300", "train.steps = 200"],
     ),
+    "profile after the end": (
+        "profile:\n  steps: 2\n  start_step: 11\n",
+        ["train.steps=10", "schedule.warmup_steps=1"],
+        ["run.yaml:4", "profile.start_step = 11", "train.steps = 10"],
+    ),
+    "the best of checkpoints that are not evaluated": (
+        "checkpoint:\n  keep_best: 1\n",
+        ["train.steps=250", "checkpoint.every=100", "evaluation.every=60"],
+        ["run.yaml:3", "checkpoint.keep_best = 1", "evaluation.every = 60", "checkpoint.every = 100"],
+    ),
+    "two axes that fill up": ("mesh:\n  data: -1\n", [], ["run.yaml:3", "data and fsdp are both -1"]),
+    "an axis of no devices": ("mesh:\n  data: 0\n", [], ["run.yaml:3", "data = 0", "at least 1, or -1"]),
     "heads do not divide the width": ("model:\n  n_heads: 3\n", [], ["run.yaml:3", "d_model = 256", "n_heads = 3"]),
     "refused by the support table": ("mesh:\n  pipeline: 2\n", [], ["run.yaml:3", "mesh.pipeline"]),
 }

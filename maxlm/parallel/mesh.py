@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import model_validator
+
 from maxlm.errors import ClusterError
 from maxlm.section import Section, key
 
@@ -32,6 +34,15 @@ class MeshConfig(Section):
         0, "what the `data` axis shards besides the batch: 0 nothing, 1 the optimizer state, 3 the weights as well"
     )
 
+    @model_validator(mode="after")
+    def _sizes_can_be(self) -> MeshConfig:
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        if none := [axis for axis, size in sizes.items() if size == 0]:
+            raise ValueError(f"{none[0]} = 0; every axis is at least 1, or -1 to fill up")
+        if len(both := [axis for axis, size in sizes.items() if size == -1]) > 1:
+            raise ValueError(f"{' and '.join(both)} are both -1 (fsdp is by default); at most one axis may fill up")
+        return self
+
 
 def resolve_sizes(config: MeshConfig, n_devices: int) -> dict[str, int]:
     """The size of every axis on `n_devices` devices, the one that is -1 filled up.
@@ -39,11 +50,7 @@ def resolve_sizes(config: MeshConfig, n_devices: int) -> dict[str, int]:
     Raises ClusterError when the sizes do not multiply to the number of devices.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
-    if any(size == 0 for size in sizes.values()):
-        raise ClusterError(f"mesh: an axis of size 0 ({_show(sizes)}); every axis is at least 1, or -1 to fill up")
     open_axes = [axis for axis, size in sizes.items() if size == -1]
-    if len(open_axes) > 1:
-        raise ClusterError(f"mesh.{' and mesh.'.join(open_axes)} are both -1; at most one axis may fill up")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if open_axes and n_devices % fixed == 0:
         sizes[open_axes[0]] = n_devices // fixed
