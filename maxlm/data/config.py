@@ -1,8 +1,8 @@
 """The `data` section of the config: where documents come from, where their tokens lie, how batches are drawn."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from maxlm.section import Section, key
 
@@ -75,7 +75,7 @@ class DataConfig(Section):
         (), "Several stores to train on, with their weights, in place of `store`. Each counts its own epochs."
     )
     shuffle: bool = key(True, "Whether windows come in a shuffled order, another one each epoch, by train.seed.")
-    prefetch: Annotated[int, Field(strict=True)] = key(4, "How many batches are read ahead.", unit="batches", ge=1)
+    prefetch: int = key(4, "How many batches are read ahead.", unit="batches", ge=1)
     cache_mib: int = key(
         1024,
         "Stores whose tokens fit in this much memory together are read into it whole; larger ones are read as needed, "

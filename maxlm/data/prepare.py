@@ -342,7 +342,7 @@ def inspect(url: str, *, samples: int = 3, verify: bool = True) -> dict[str, Any
     tokenizer = store.tokenizer()
     facts: dict[str, Any] = {"store": url, **manifest.model_dump(mode="json")}
     tokens = manifest.train.tokens + manifest.heldout.tokens
-    facts["bytes_per_token"] = (manifest.train.bytes + manifest.heldout.bytes) / tokens
+    facts["bytes_per_token"] = (manifest.train.bytes + manifest.heldout.bytes) / tokens if tokens else None
     facts["samples"] = [_sample(store, tokenizer, split, i) for split, i in _sample_documents(manifest, samples)]
     if verify:
         _verify(store)
