@@ -22,7 +22,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from maxlm.checkpoint_files import (
     DamagedError,
@@ -40,9 +40,6 @@ from maxlm.files import write_synced
 from maxlm.parallel.distributed import barrier, broadcast_json, gather_json, is_main
 from maxlm.run_lock import RunLock
 from maxlm.section import Section, key
-
-if TYPE_CHECKING:
-    import jax
 
 __all__ = ["CheckpointConfig", "Checkpoints", "RunLock", "restore_params"]
 
@@ -392,7 +389,7 @@ def _read_text(folder: Path, name: str, step: int | None) -> str:
     raise CheckpointError(f"{folder}: {problem}")
 
 
-def _names_and_leaves(tree: Any) -> tuple[list[str], list[Any], jax.tree_util.PyTreeDef]:
+def _names_and_leaves(tree: Any) -> tuple[list[str], list[Any], Any]:
     """The dotted names of the leaves of `tree`, its leaves, and its structure."""
     import jax
 

@@ -281,7 +281,7 @@ def device_batches(
     rows = process_rows(sharding, global_batch)
 
     def place(local: np.ndarray) -> Any:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(global_batch)
             first = int(np.searchsorted(rows, start))
             return local[(slice(first, first + stop - start), *index[1:])]

@@ -54,7 +54,7 @@ def initialize(config: DistributedConfig) -> None:
 
     if jax.distributed.is_initialized():
         return
-    if jax.config.jax_cpu_collectives_implementation is None:
+    if jax.config.jax_cpu_collectives_implementation is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if hasattr(jax.config, "jax_enable_preemption_service"):
         # It would take SIGTERM for itself; `Signals` and `agree` do its work, for SIGINT as well.
@@ -253,7 +253,7 @@ def _any_of() -> tuple[jax.sharding.Mesh, Callable[[jax.Array], jax.Array]]:
     import jax
     import jax.numpy as jnp
 
-    firsts: dict[int, jax.Device] = {}
+    firsts: dict[int, Any] = {}
     for device in jax.devices():
         firsts.setdefault(device.process_index, device)
     mesh = jax.sharding.Mesh([firsts[i] for i in sorted(firsts)], ("process",))

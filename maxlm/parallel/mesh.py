@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
@@ -63,7 +63,7 @@ def resolve_sizes(config: MeshConfig, n_devices: int) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """The mesh over `devices` (all of the cluster's by default), laid along the physical network where there is one."""
     import jax
     from jax.experimental import mesh_utils

@@ -1,11 +1,12 @@
-"""AdamW over a parameter tree, with weight decay on matrices alone."""
+"""AdamW over a parameter tree, with weight decay on what is not a norm or a bias."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import optax
 
-from maxlm.models.transformer import Params
 from maxlm.training.config import OptimizerConfig
 
 
@@ -20,7 +21,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-def decay_mask(params: Params, no_decay: tuple[str, ...]) -> Params:
+def decay_mask(params: Any, no_decay: tuple[str, ...]) -> Any:
     """True for each parameter that decays: those with none of the words in a part of their path."""
 
     def decays(path, _) -> bool:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from maxlm.models.losses import Batch
 from maxlm.models.transformer import Model
 from maxlm.parallel.axes import activation_spec
 from maxlm.training.optimizer import make_optimizer
@@ -51,7 +50,7 @@ class Program:
         """How every array of a batch lies on the mesh."""
         return jax.NamedSharding(self.mesh, activation_spec("batch", "length"))
 
-    def abstract_batch(self) -> Batch:
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch as shapes, formats and shardings."""
         shape = (self.rows, self.config.train.seq_len)
         return {

@@ -101,11 +101,12 @@ def global_norm(tree: Params) -> jax.Array:
 def acceptable(guard: Guard, loss: jax.Array, grad_norm: jax.Array, spike: SpikeConfig) -> jax.Array:
     """Whether a step is finite and, once the rings are full, within `sigmas` of the recent mean from above."""
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    if spike.sigmas is None:
+    sigmas = spike.sigmas
+    if sigmas is None:
         return finite
 
     def leaps(value: jax.Array, ring: jax.Array) -> jax.Array:
-        return value > jnp.mean(ring) + spike.sigmas * jnp.std(ring)
+        return value > jnp.mean(ring) + sigmas * jnp.std(ring)
 
     full = guard.accepted >= guard.losses.shape[0]
     return finite & ~(full & (leaps(loss, guard.losses) | leaps(grad_norm, guard.grad_norms)))
