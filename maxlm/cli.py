@@ -41,7 +41,7 @@ EXAMPLES = """examples:
   maxlm generate runs/quickstart --prompt 'def '
   maxlm export runs/quickstart OUT --to hf
 
-exit codes: 0 done, 1 a bug, 2 config, 3 data, 4 checkpoint, 5 storage, 6 cluster. MAXLM_DEBUG=1 shows tracebacks.
+exit codes: 0 done, 1 other, 2 config, 3 data, 4 checkpoint, 5 storage, 6 cluster. MAXLM_DEBUG=1 shows tracebacks.
 """
 
 
@@ -112,7 +112,10 @@ def import_(args: argparse.Namespace) -> None:
     from maxlm.interop.huggingface import import_model
 
     import_model(args.model_dir, args.out)
-    print(f"wrote {args.out}; try: maxlm generate {args.out} --prompt 'Hello'")
+    if (args.out / "tokenizer").is_dir():
+        print(f"wrote {args.out}; try: maxlm generate {args.out} --prompt 'Hello'")
+    else:
+        print(f"wrote {args.out}, without a tokenizer: name one as tokenizer.path in its config.yaml to sample from it")
 
 
 def data_prepare(args: argparse.Namespace) -> None:

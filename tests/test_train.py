@@ -106,9 +106,7 @@ def test_many_processes_train_as_one_device_does(processes, devices, mesh, store
     config = runs.write_config(
         tmp_path / "tiny.yaml", store, tmp_path / "run", train={"steps": 40}, mesh=mesh, checkpoint={"every": 20}
     )
-    # Its schedule is that of 40 steps; half of them are enough to compare.
-    stop = ["train.steps=40", "evaluation.max_batches=1"]
-    run_processes(processes, runs.command(config, *stop), devices_per_process=devices)
+    run_processes(processes, runs.command(config, "evaluation.max_batches=1"), devices_per_process=devices)
     found, expected = runs.training_lines(tmp_path / "run"), runs.training_lines(uninterrupted)
     np.testing.assert_allclose([a["loss"] for a in found[:20]], [b["loss"] for b in expected[:20]], rtol=1e-5)
     np.testing.assert_allclose([a["grad_norm"] for a in found[:5]], [b["grad_norm"] for b in expected[:5]], rtol=1e-4)

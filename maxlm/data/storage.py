@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maxlm.errors import ConfigError, DataError, StorageError
@@ -38,12 +37,6 @@ def kvstore_spec(url: str) -> dict[str, str]:
             raise ConfigError(f"{url}: needs a bucket and a folder in it, as in {scheme}://bucket/folder.")
         return {"driver": "gcs" if scheme == "gs" else "s3", "bucket": bucket, "path": f"{path}/"}
     raise ConfigError(f"{url}: stores cannot lie at {scheme}:// URLs. Give {_SCHEMES}.")
-
-
-def local_path(url: str) -> Path | None:
-    """The folder of a store on this machine's disks, None for one elsewhere."""
-    spec = kvstore_spec(url)
-    return Path(spec["path"]) if spec["driver"] == "file" else None
 
 
 @functools.cache
@@ -133,8 +126,3 @@ class Storage:
             self.kvstore.delete_range(ts.KvStore.KeyRange(f"{folder}/", f"{folder}0")).result()
             if self.spec["driver"] == "file":  # the empty folders stay otherwise
                 shutil.rmtree(os.path.join(self.spec["path"], folder), ignore_errors=True)
-
-    def delete_file(self, name: str) -> None:
-        """Removes the file, if there is one."""
-        with storage_errors(self.where(name)):
-            self.kvstore.write(name, None).result()

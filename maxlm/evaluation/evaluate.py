@@ -39,8 +39,8 @@ class Evaluator:
         return {
             "eval_loss": nll / tokens,
             "eval_bits_per_byte": nll / math.log(2) / size if size else math.nan,
-            "eval_tokens": tokens,
-            "eval_bytes": size,
+            "eval_tokens": round(tokens),
+            "eval_bytes": round(size),
         }
 
 

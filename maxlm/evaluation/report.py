@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from maxlm.errors import MaxlmError
+from maxlm.errors import CheckpointError
 from maxlm.evaluation.chart import Series, line_chart
 from maxlm.evaluation.report_style import SCRIPT, STYLE
 from maxlm.files import write_atomically
@@ -43,7 +43,7 @@ def write_report(run_dir: str | Path) -> Path:
     metrics.jsonl that are torn or not JSON are left out and counted.
 
     Raises:
-        MaxlmError: `run_dir` is not a run's folder; it names what is missing. StorageError: it cannot be written.
+        CheckpointError: `run_dir` is not a run's folder; it names what is missing. StorageError: it cannot be written.
     """
     record = read_run(Path(run_dir))
     path = Path(run_dir) / "report.html"
@@ -54,10 +54,10 @@ def write_report(run_dir: str | Path) -> Path:
 def read_run(run_dir: Path) -> RunRecord:
     """Reads config.yaml and metrics.jsonl, which must be there, and run.json and samples, which may be."""
     if not run_dir.is_dir():
-        raise MaxlmError(f"{run_dir} is not a folder. Give the run_dir of a run, such as runs/quickstart.")
+        raise CheckpointError(f"{run_dir} is not a folder. Give the run_dir of a run, such as runs/quickstart.")
     missing = [name for name in ("config.yaml", "metrics.jsonl") if not (run_dir / name).is_file()]
     if missing:
-        raise MaxlmError(
+        raise CheckpointError(
             f"{run_dir} is not the folder of a run: it has no {' and no '.join(missing)}. "
             "`maxlm train` writes both; give its run_dir, such as runs/quickstart."
         )

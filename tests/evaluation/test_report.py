@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maxlm.errors import MaxlmError
+from maxlm.errors import CheckpointError
 from maxlm.evaluation.chart import MAX_POINTS, Series, line_chart, log_ticks, ticks
 from maxlm.evaluation.report import count, duration, figure, number, write_report
 
@@ -235,10 +235,10 @@ def test_a_run_without_steps_or_evaluations_has_a_page_that_says_so(tmp_path):
 def test_a_folder_that_is_no_run_is_refused_by_what_it_lacks_and_nothing_is_written(tmp_path, missing):
     make_run(tmp_path, LINES)
     (tmp_path / missing).unlink()
-    with pytest.raises(MaxlmError, match=rf"{tmp_path} is not the folder of a run: it has no {missing}\. "):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path} is not the folder of a run: it has no {missing}\. "):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
-    with pytest.raises(MaxlmError, match="nowhere is not a folder"):
+    with pytest.raises(CheckpointError, match="nowhere is not a folder"):
         write_report(tmp_path / "nowhere")
 
 
