@@ -1,6 +1,7 @@
 import itertools
 import json
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -307,3 +308,20 @@ print("RESULT ok")
 def test_processes_hold_their_rows_of_the_global_batch_even_with_tensor_between_them(store):
     results = run_processes(2, ["-c", ACROSS_PROCESSES, store], devices_per_process=2)
     assert [result.stdout.count("RESULT ok") for result in results] == [1, 1]
+
+
+@pytest.mark.parametrize("cache_mib", [64, 0], ids=["from memory", "from the store"])
+def test_the_pipeline_alone_gives_five_million_tokens_for_each_second_of_a_core(store, cache_mib):
+    """CPU time of the whole process, all threads of it, so that other work on the machine does not count."""
+    rows, seq_len, n_batches = 64, 512, 60
+    loader = make_loader(store, seq_len=seq_len, global_batch=rows, cache_mib=cache_mib)
+    rates = []
+    for _ in range(3):
+        batches = loader.iterate(0, np.arange(rows))
+        next(batches)
+        began = time.process_time()
+        for _ in range(n_batches):
+            next(batches)
+        rates.append(n_batches * rows * seq_len / (time.process_time() - began))
+        batches.close()
+    assert max(rates) > 5e6, rates

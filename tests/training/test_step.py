@@ -11,6 +11,7 @@ import pytest
 from maxlm.training.config import ScheduleConfig
 from maxlm.training.optimizer import decay_mask
 from maxlm.training.schedule import make_schedule
+from maxlm.training.step import accumulated_gradients
 from tests import tiny
 
 MESHES = {
@@ -33,6 +34,31 @@ def test_twenty_steps_have_the_same_loss_on_every_mesh(mesh, one_device_losses):
     losses, _ = tiny.train_losses(tiny.config(mesh=MESHES[mesh]), 8, 20)
     np.testing.assert_allclose(losses, one_device_losses, rtol=1e-5)
     assert losses[-1] < losses[0]
+
+
+def gradients(run, n_devices):
+    """Of the first batch by the initial weights, on the host."""
+    program = tiny.program(run, n_devices)
+    with jax.set_mesh(program.mesh):
+        params, batch = program.init_state().params, tiny.to_mesh(program, tiny.host_batch(run, 0))
+        return jax.device_get(
+            jax.jit(lambda params, batch: accumulated_gradients(program.model, params, batch, run.loss, 1)[1])(
+                params, batch
+            )
+        )
+
+
+@pytest.fixture(scope="module")
+def one_device_gradients():
+    return gradients(tiny.config(), 1)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_gradients_are_the_same_on_every_mesh(mesh, one_device_gradients):
+    def close(found, expected):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+    jax.tree.map(close, gradients(tiny.config(mesh=MESHES[mesh]), 8), one_device_gradients)
 
 
 @pytest.mark.parametrize("mesh", ["data 2 x fsdp 2 x tensor 2", "zero 1 with fsdp"])
