@@ -4,8 +4,8 @@
 
 CONFIG is a preset or a YAML file; `--devices N` simulates N devices on the CPU. The step is the one that `maxlm train`
 runs. Printed: tokens/s and step time (median over the steps after the first), model FLOP/s and MFU, the peak resident
-memory of the process, the compiler's own memory figures a device, and the seconds from the start of the process to the
-end of the first step.
+memory of the process, the peak memory of its fullest device (on a CPU, the process's), the compiler's own memory figures
+a device, and the seconds from the start of the process to the end of the first step.
 """
 
 import time
@@ -43,6 +43,7 @@ def measure(path: str, overrides: list[str], steps: int) -> dict:
     from maxlm.models.flops import count_parameters, training_flops_per_token
     from maxlm.parallel.mesh import make_mesh
     from maxlm.planning.hardware import peak_flops_per_device
+    from maxlm.training.metrics import peak_memory_bytes
     from maxlm.training.program import Program
 
     config = load_config(path, overrides)
@@ -81,6 +82,7 @@ def measure(path: str, overrides: list[str], steps: int) -> dict:
         "mfu_is_over_the": meaning,
         "first_step_seconds_from_start": first_step,
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "peak_memory_gb": peak_memory_bytes() / 1e9,
         "compiled_bytes_per_device": {
             "arguments": memory.argument_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,

@@ -30,6 +30,7 @@ step eval "$run"
 sample=(generate "$run" --prompt 'def ' --max-tokens 100 --temperature 0.6)
 step "${sample[@]}"
 "$maxlm" "${sample[@]}" --json >"$run/samples.json" # for the report
+rm -rf "$run/export" # an earlier quickstart's: export writes over nothing
 step export "$run" "$run/export" --to hf
 step report "$run"
 

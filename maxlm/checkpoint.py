@@ -38,10 +38,7 @@ from maxlm.checkpoint_files import (
 from maxlm.errors import CheckpointError, MaxlmError, StorageError
 from maxlm.files import write_synced
 from maxlm.parallel.distributed import barrier, broadcast_json, gather_json, is_main
-from maxlm.run_lock import RunLock
 from maxlm.section import Section, key
-
-__all__ = ["CheckpointConfig", "Checkpoints", "RunLock", "restore_params"]
 
 T = TypeVar("T")
 log = logging.getLogger("maxlm")
@@ -67,7 +64,7 @@ class CheckpointConfig(Section):
 class Checkpoints:
     """The checkpoints of a run in `folder`. With many processes, all make the same calls on one shared folder.
 
-    One that may write is guarded by `RunLock`. An error of a save in the background is raised by the next call.
+    Whoever may write holds the run's `RunLock`. An error of a save in the background is raised by the next call.
     """
 
     def __init__(self, folder: Path | str, config: CheckpointConfig):
