@@ -4,7 +4,7 @@
 
 CONFIG is a preset or a YAML file; `--devices N` simulates N devices on the CPU. The step is the one that `maxlm train`
 runs. Printed: tokens/s and step time (median over the steps after the first), model FLOP/s and MFU, the peak resident
-memory of the process, the peak memory of its fullest device (on a CPU, the process's), the compiler's own memory figures
+memory of the process, the peak memory of its fullest device (on a CPU, the process's), the compiler's memory figures
 a device, and the seconds from the start of the process to the end of the first step.
 """
 

@@ -1,6 +1,8 @@
 import gzip
 import json
 import os
+import sys
+import types
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -179,9 +181,30 @@ def test_missing_things_are_named(tmp_path):
 
 @pytest.mark.parametrize(("kind", "package"), [("tfds", "tensorflow_datasets"), ("huggingface", "datasets")])
 def test_optional_data_sets_say_what_to_install(kind, package, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, package, None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(DataError, match=rf'package {package}.*pip install "maxlm\[datasets\]"'):
         read_all(SourceConfig(kind=kind, dataset="nothing"))
+
+
+@pytest.mark.parametrize("kind", ["tfds", "huggingface"])
+def test_data_sets_of_optional_packages_are_read_example_by_example(kind, monkeypatch):
+    """By stand-ins for the packages: bytes, as TFDS gives text, and strings."""
+    examples = [{"body": b"one"}, {"body": "two"}, {"body": b"\xff"}, {"body": ""}]
+    asked = []
+
+    def load(*arguments, **keys):
+        asked.append((*arguments, *keys.values()))
+        return examples
+
+    packages = {"tfds": "tensorflow_datasets", "huggingface": "datasets"}
+    stand_in = types.SimpleNamespace(data_source=load, load_dataset=load)
+    monkeypatch.setitem(sys.modules, packages[kind], stand_in)
+    documents = read_all(SourceConfig(kind=kind, dataset=f"a {kind} set", split="validation", field="body"))
+    assert texts_of(documents) == ["one", "two"]
+    assert [kind for kind, _ in bad_of(documents)] == ["utf-8", "empty"]
+    assert asked == [(f"a {kind} set", *([None] if kind == "huggingface" else []), "validation")]
+    with pytest.raises(DataError, match=r"no field 'text'; there are body"):
+        read_all(SourceConfig(kind=kind, dataset=f"a {kind} set"))
 
 
 def test_huggingface_data_set_on_disk_is_read(tmp_path):
