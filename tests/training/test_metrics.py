@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -295,6 +296,40 @@ def test_wandb_without_the_package_is_a_config_error_that_says_what_to_do(tmp_pa
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"metrics.wandb is 'mine'.*not installed.*pip install 'maxlm\[wandb\]'"):
         make(tmp_path, config={"wandb": "mine"})
+
+
+def test_wandb_gets_every_logged_line_and_a_resumed_run_goes_on_with_its_id(tmp_path, monkeypatch):
+    """By a stand-in for the package."""
+    started, logged, finished = [], [], []
+
+    class Run:
+        id = "abc"
+
+        def define_metric(self, name, step_metric):
+            assert (name, step_metric) == ("*", "step")
+
+        def log(self, line):
+            logged.append(line)
+
+        def finish(self):
+            finished.append(True)
+
+    def init(**keys):
+        started.append((keys["project"], keys["name"], keys["id"], keys["resume"]))
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Error=RuntimeError))
+    for first in (1, 3):
+        with make(tmp_path / "run", config={"wandb": "mine"}, resume_step=first - 1) as metrics:
+            for step in (first, first + 1):
+                metrics.record(step, values(step))
+    assert started == [("mine", "run", known, "allow") for known in (None, "abc")]
+    assert [line["step"] for line in logged] == [1, 2, 3, 4]
+    written = [
+        {name: value for name, value in line.items() if value is not None} for line in strict_lines(tmp_path / "run")
+    ]
+    assert logged == written
+    assert len(finished) == 2
 
 
 def test_a_run_folder_that_cannot_be_written_is_a_storage_error_that_names_it(tmp_path):
