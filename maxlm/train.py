@@ -55,6 +55,8 @@ def train(config: RunConfig) -> None:
         with make_metrics(program, done) as metrics:
             if distributed.is_main():
                 write_run_files(program)
+            if done:
+                metrics.say(f"resumed {config.run_dir} after step {done:,}")
             loop(program, state, done, loader, checkpoints, metrics, signals, began)
 
 

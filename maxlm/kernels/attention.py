@@ -53,24 +53,23 @@ def attention(
     Returns `[B, T, H, V]` in q's dtype. Raises ValueError on shapes that do not fit or an unknown implementation.
     """
     _check_shapes(q_BTHK, k_BSGK, v_BSGV, segments_BT, kv_segments_BS)
-    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
-    if segments_BT is not None and kv_segments_BS is None:
-        kv_segments_BS = segments_BT
+    factor: float = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     q_BTHK = bring(q_BTHK, activation_spec("batch", "length", "heads", None))
     k_BSGK = bring(k_BSGK, activation_spec("batch", "length", "kv_heads", None))
     v_BSGV = bring(v_BSGV, activation_spec("batch", "length", "kv_heads", None))
     if segments_BT is not None:
+        kv_segments_BS = segments_BT if kv_segments_BS is None else kv_segments_BS
         segments_BT = bring(segments_BT, activation_spec("batch", "length"))
         kv_segments_BS = bring(kv_segments_BS, activation_spec("batch", "length"))
     if choose(implementation, cached=q_offset_B is not None) == "reference":
         if q_offset_B is not None:
             q_offset_B = bring(q_offset_B, activation_spec("batch"))
-        local = partial(attention_reference, mask=mask, scale=scale, softcap=softcap)
+        local = partial(attention_reference, mask=mask, scale=factor, softcap=softcap)
         specs = (*_specs(), activation_spec("batch"))
         run = on_each_device(local, specs, activation_spec("batch", "length", "heads", None))
         return run(q_BTHK, k_BSGK, v_BSGV, segments_BT, kv_segments_BS, q_offset_B)
     tile = CPU_TILE if platform() == "cpu" else ACCELERATOR_TILE
-    how = Chunking(mask=mask, scale=scale, softcap=softcap, q_tile=tile, kv_tile=tile)
+    how = Chunking(mask=mask, scale=factor, softcap=softcap, q_tile=tile, kv_tile=tile)
     return _chunked(q_BTHK, k_BSGK, v_BSGV, segments_BT, kv_segments_BS, how)
 
 

@@ -68,7 +68,9 @@ def cross_entropy(
     how = _How(vocab_size, softcap, z_loss, chunk_tokens)
     x_BTD, w_VD, targets_BT = _bring(x_BTD, w_VD, targets_BT)
     weights_BT = manual.bring(weights_BT.astype(jnp.float32), _token_spec())
-    loss, parts = _summed(x_BTD, w_VD, targets_BT, weights_BT, how)
+    # `custom_vjp` does not say what it returns.
+    summed: Any = _summed(x_BTD, w_VD, targets_BT, weights_BT, how)
+    loss, parts = summed
     return loss, jax.lax.stop_gradient(parts)
 
 

@@ -18,7 +18,7 @@ class SpikeConfig(Section):
         gt=0,
     )
     window: int = key(
-        128, "accepted steps that make the mean and deviation; none is skipped before it is full", unit="steps", ge=8
+        128, "recent steps that make the mean and deviation; none is skipped before it is full", unit="steps", ge=8
     )
 
 
@@ -58,7 +58,9 @@ class ScheduleConfig(Section):
     decay_steps: int | None = key(
         None, "wsd: steps of the final decay, a tenth of the run where not given", unit="steps", ge=1
     )
-    final_fraction: float = key(0.1, "learning rate at the end of the decay, as a fraction of the peak", ge=0, le=1)
+    final_fraction: float = key(
+        0.1, "cosine, linear, wsd: learning rate at the end of the decay, as a fraction of the peak", ge=0, le=1
+    )
 
     @model_validator(mode="after")
     def _decay_steps_are_wsd(self) -> ScheduleConfig:

@@ -17,11 +17,11 @@ from maxlm.parallel.axes import weight_spec
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Guard:
-    """Recent accepted losses and gradient norms, as rings of `window` float32, and how many steps were skipped."""
+    """Recent losses and gradient norms, as rings of `window` float32 that `recorded` steps entered; steps skipped."""
 
     losses: jax.Array
     grad_norms: jax.Array
-    accepted: jax.Array
+    recorded: jax.Array
     skipped: jax.Array
 
 
@@ -78,7 +78,7 @@ def init_state(
         params=params,
         opt_state=optimizer.init(reshard_tree(params, placement.optimizer)),
         step=zero,
-        guard=Guard(losses=ring, grad_norms=ring, accepted=zero, skipped=zero),
+        guard=Guard(losses=ring, grad_norms=ring, recorded=zero, skipped=zero),
     )
 
 

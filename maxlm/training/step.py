@@ -32,7 +32,7 @@ def make_train_step(
     """Builds `train_step(state, batch) -> (state, metrics)`, pure, to be jitted with the state donated.
 
     The loss is the mean over the batch's weighted targets, whatever the number of microbatches. A step whose loss or
-    gradient norm is not finite or leaps (`SpikeConfig`) leaves parameters, optimizer and guard as they were, is
+    gradient norm is not finite or leaps (`SpikeConfig`) leaves parameters and optimizer as they were, is
     counted, and costs no host round trip. Metrics: loss (with z-loss), nll (without), grad_norm, learning_rate,
     skipped_steps.
     """
@@ -41,7 +41,7 @@ def make_train_step(
         (loss, nll), grads = accumulated_gradients(model, state.params, batch, loss_config, train.accumulation)
         grads = reshard_tree(grads, placement.optimizer)
         grad_norm = global_norm(grads)
-        accept = acceptable(state.guard, loss, grad_norm, train.spike)
+        accept, guard = watch(state.guard, loss, grad_norm, train.spike)
         if optimizer_config.clip_norm is not None:
             scale = jnp.minimum(1.0, optimizer_config.clip_norm / (grad_norm + 1e-6))
             grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
@@ -51,7 +51,6 @@ def make_train_step(
         params = jax.tree.map(lambda p, u: (p - learning_rate * u).astype(p.dtype), params, updates)
         params = reshard_tree(params, placement.params)
         params, opt_state = select(accept, (params, opt_state), (state.params, state.opt_state))
-        guard = remember(state.guard, accept, loss, grad_norm)
         metrics = {
             "loss": loss,
             "nll": nll,
@@ -98,27 +97,32 @@ def global_norm(tree: Params) -> jax.Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
 
 
-def acceptable(guard: Guard, loss: jax.Array, grad_norm: jax.Array, spike: SpikeConfig) -> jax.Array:
-    """Whether a step is finite and, once the rings are full, within `sigmas` of the recent mean from above."""
+def limits(guard: Guard, spike: SpikeConfig) -> tuple[jax.Array, jax.Array]:
+    """The largest loss and gradient norm that are no leap: `sigmas` above the recent mean, once the rings are full."""
+
+    def limit(ring: jax.Array) -> jax.Array:
+        full = guard.recorded >= ring.shape[0]
+        return jnp.where(full, jnp.mean(ring) + (spike.sigmas or 0.0) * jnp.std(ring), jnp.inf)
+
+    if spike.sigmas is None:
+        return jnp.float32(jnp.inf), jnp.float32(jnp.inf)
+    return limit(guard.losses), limit(guard.grad_norms)
+
+
+def watch(guard: Guard, loss: jax.Array, grad_norm: jax.Array, spike: SpikeConfig) -> tuple[jax.Array, Guard]:
+    """Whether a step is finite and no leap, and the guard after it.
+
+    A finite step enters the rings in place of the oldest, at most as high as its limit: one spike hardly moves the
+    mean, and a lasting rise becomes normal after some steps instead of ending all learning.
+    """
+    loss_limit, norm_limit = limits(guard, spike)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    sigmas = spike.sigmas
-    if sigmas is None:
-        return finite
-
-    def leaps(value: jax.Array, ring: jax.Array) -> jax.Array:
-        return value > jnp.mean(ring) + sigmas * jnp.std(ring)
-
-    full = guard.accepted >= guard.losses.shape[0]
-    return finite & ~(full & (leaps(loss, guard.losses) | leaps(grad_norm, guard.grad_norms)))
-
-
-def remember(guard: Guard, accept: jax.Array, loss: jax.Array, grad_norm: jax.Array) -> Guard:
-    """The guard after a step: an accepted one enters the rings in place of the oldest, a skipped one is counted."""
-    here = (jnp.arange(guard.losses.shape[0]) == guard.accepted % guard.losses.shape[0]) & accept
-    return Guard(
-        losses=jnp.where(here, loss, guard.losses),
-        grad_norms=jnp.where(here, grad_norm, guard.grad_norms),
-        accepted=guard.accepted + accept.astype(jnp.int32),
+    accept = finite & (loss <= loss_limit) & (grad_norm <= norm_limit)
+    here = (jnp.arange(guard.losses.shape[0]) == guard.recorded % guard.losses.shape[0]) & finite
+    return accept, Guard(
+        losses=jnp.where(here, jnp.minimum(loss, loss_limit), guard.losses),
+        grad_norms=jnp.where(here, jnp.minimum(grad_norm, norm_limit), guard.grad_norms),
+        recorded=guard.recorded + finite.astype(jnp.int32),
         skipped=guard.skipped + (~accept).astype(jnp.int32),
     )
 
