@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ from maxlm.kernels.cross_entropy import logits
 from maxlm.models.attention import LayerCache
 from maxlm.models.transformer import Model, Params, Transformer
 from maxlm.parallel.axes import activation_spec, constrain, shards_of
+
+if TYPE_CHECKING:
+    from maxlm.data.tokenizer import Tokenizer
 
 # Prompts and caches come in lengths 32, 48, 64, 96, 128, ..., so that few programs are compiled for many prompts.
 SHORTEST_BUCKET = 32
@@ -44,10 +47,12 @@ def generate(
     sampling: Sampling,
     eos_id: int | None,
     seed: int,
+    first: np.ndarray | None = None,
 ) -> list[list[int]]:
     """Up to `max_tokens` new tokens for each prompt, without the `eos_id` that ends one early. Needs the current mesh.
 
     The same seed gives a prompt the same tokens whatever else is in the batch, its own number in `prompts` apart.
+    `first`, bool [prompts, vocab_size], says which tokens each prompt's first new one may be; any where not given.
     Raises DataError for a prompt that is empty or not of the vocabulary, ConfigError where positions are learned and
     prompt and new tokens together pass `model.max_seq_len`.
     """
@@ -64,10 +69,13 @@ def generate(
     for i, prompt in enumerate(prompts):
         tokens_BT[i, : len(prompt)] = prompt
         lengths_B[i] = len(prompt)
+    first_BV = np.ones((n_rows, model.config.vocab_size), bool)
+    if first is not None:
+        first_BV[: len(prompts)] = first
     # Rows that only fill the batch up are done from the start.
     done_B = np.arange(n_rows) >= len(prompts)
     chosen_BN = _generate(
-        model, sampling, space, bucket(max_tokens), params, tokens_BT, lengths_B, done_B,
+        model, sampling, space, bucket(max_tokens), params, tokens_BT, lengths_B, done_B, first_BV,
         np.int32(max_tokens), np.int32(-1 if eos_id is None else eos_id), np.uint32(seed % 2**32),
     )  # fmt: skip
     return [_until(row[:max_tokens].tolist(), eos_id) for row in np.asarray(chosen_BN)[: len(prompts)]]
@@ -87,7 +95,8 @@ def generate_run(
 ) -> list[str]:
     """The continuations of `prompts` by a run's model at `step`, or at its newest intact checkpoint.
 
-    A prompt gets the tokenizer's bos in front where it has one, as documents have in training.
+    A prompt gets the tokenizer's bos in front where it has one, as documents have in training. One that ends in spaces
+    is continued as if they belonged to the next word (see `heal`).
     """
     from maxlm.data.tokenizer import load_tokenizer
     from maxlm.inference.load import load_run
@@ -96,12 +105,37 @@ def generate_run(
     run = load_run(run_dir, step)
     tokenizer = load_tokenizer(run.config.tokenizer)
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = [start + tokens for tokens in tokenizer.encode_batch(list(prompts))]
+    healed = [heal(tokenizer, start + tokens) for tokens in tokenizer.encode_batch(list(prompts))]
+    first = np.ones((len(prompts), run.config.model.vocab_size), bool)
+    for row, (_, _, allowed) in zip(first, healed, strict=True):
+        if allowed is not None:
+            row[:] = False
+            row[allowed] = True
     with jax.set_mesh(run.mesh):
         new = generate(
-            run.model, run.params, ids, max_tokens=max_tokens, sampling=sampling, eos_id=tokenizer.eos_id, seed=seed
+            run.model,
+            run.params,
+            [ids for ids, _, _ in healed],
+            max_tokens=max_tokens,
+            sampling=sampling,
+            eos_id=tokenizer.eos_id,
+            seed=seed,
+            first=first,
         )
-    return [tokenizer.decode(tokens) for tokens in new]
+    return [tokenizer.decode(tokens)[len(spaces) :] for tokens, (_, spaces, _) in zip(new, healed, strict=True)]
+
+
+def heal(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], str, list[int] | None]:
+    """Takes back a last token of nothing but spaces: (tokens, the text taken back, the tokens that begin with it).
+
+    Words carry the space before them in their token, so a model has hardly seen a space alone before a word, and goes
+    on badly from one. Where nothing is to be taken back: (ids, "", None).
+    """
+    spaces = tokenizer.decode(ids[-1:])
+    if len(ids) < 2 or not spaces or spaces.strip(" "):
+        return ids, "", None
+    allowed = [token for token in range(tokenizer.vocab_size) if tokenizer.decode([token]).startswith(spaces)]
+    return ids[:-1], spaces, allowed
 
 
 def bucket(length: int, limit: int | None = None) -> int:
@@ -161,6 +195,7 @@ def _generate(
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
     done_B: jax.Array,
+    first_BV: jax.Array,
     max_tokens: jax.Array,
     eos_id: jax.Array,
     seed: jax.Array,
@@ -187,6 +222,7 @@ def _generate(
         return Decoding(state.step + 1, cache, lengths_B, token_B, done_B, chosen_BN)
 
     logits_BV, cache = prefill(module, model, tokens_BT, lengths_B, space)
+    logits_BV = jnp.where(constrain(first_BV, "batch", None), logits_BV, -jnp.inf)
     token_B, done_B = choose(logits_BV, lengths_B, done_B)
     chosen_BN = constrain(jnp.full((tokens_BT.shape[0], n_out), eos_id, jnp.int32), "batch", "length")
     chosen_BN = jax.lax.dynamic_update_slice_in_dim(chosen_BN, token_B[:, None], 0, axis=1)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 from maxlm.errors import ConfigError, DataError
 from maxlm.inference import generate as generation
-from maxlm.inference.generate import bucket, generate, next_logits, prefill
+from maxlm.inference.generate import bucket, generate, heal, next_logits, prefill
 from maxlm.inference.sampling import Sampling
 from maxlm.kernels.cross_entropy import logits
 from maxlm.parallel.axes import constrain
@@ -193,3 +194,29 @@ def test_lengths_are_filled_up_to_few_buckets():
     assert all(n <= bucket(n) <= max(32, 1.5 * n) for n in range(1, 5000))
     assert len(buckets) <= 16
     assert bucket(900, limit=1000) == 1000
+
+
+def test_the_first_new_token_is_one_of_those_allowed():
+    model, params, mesh = set_up(tiny.LLAMA)
+    first = np.zeros((2, 300), bool)
+    first[0, [7, 250]] = first[1, 11] = True
+    with jax.set_mesh(mesh):
+        for seed in range(4):
+            new = generate(
+                model, params, [[5], [6, 7]], max_tokens=3, sampling=Sampling(3.0), eos_id=None, seed=seed, first=first
+            )
+            assert new[0][0] in (7, 250)
+            assert new[1][0] == 11
+
+
+def test_spaces_at_the_end_of_a_prompt_belong_to_the_next_word(tmp_path):
+    texts = ["def name(value):\n    return value + name"] * 20
+    tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=320), tmp_path, progress=False)
+    ids = [tokenizer.bos_id, *tokenizer.encode("def ")]
+    kept, spaces, allowed = heal(tokenizer, ids)
+    assert (kept, spaces) == ([tokenizer.bos_id, *tokenizer.encode("def")], " ")
+    assert tokenizer.encode(" name")[0] in allowed
+    assert all(tokenizer.decode([token]).startswith(" ") for token in allowed)
+    for text in ("def", "def\n", ""):
+        ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+        assert heal(tokenizer, ids) == (ids, "", None)
