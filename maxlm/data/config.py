@@ -14,20 +14,20 @@ class SourceConfig(Section):
 
     kind: SourceKind = key(
         ...,
-        "What the documents are read from: text (a file is a document), jsonl (a line is one; plain, .gz or .zst), "
+        "what the documents are read from: text (a file is a document), jsonl (a line is one; plain, .gz or .zst), "
         "parquet (a row is one), python-stdlib (the running Python's own library), tfds (TensorFlow Datasets) or "
-        "huggingface (a data set of the `datasets` package).",
+        "huggingface (a data set of the `datasets` package)",
     )
-    paths: tuple[str, ...] = key((), "Files, folders and glob patterns (`**` too); for text, jsonl and parquet.")
+    paths: tuple[str, ...] = key((), "files, folders and glob patterns (`**` too); for text, jsonl and parquet")
     suffixes: tuple[str, ...] = key(
         (),
-        "Endings of the file names to take from a folder. Empty: every file for text; .jsonl, .jsonl.gz, .jsonl.zst, "
-        ".json.gz and .json.zst for jsonl; .parquet for parquet. Hidden files are never taken.",
+        "endings of the file names to take from a folder. Empty: every file for text; .jsonl, .jsonl.gz, .jsonl.zst, "
+        ".json.gz and .json.zst for jsonl; .parquet for parquet. Hidden files are never taken",
     )
-    field: str = key("text", "The field or column that holds a document's text; all kinds but text and python-stdlib.")
-    dataset: str | None = key(None, "The data set's name, or its folder; for tfds and huggingface.")
-    subset: str | None = key(None, "The data set's configuration, where it has several; for huggingface.")
-    split: str = key("train", "The data set's split; for tfds and huggingface.")
+    field: str = key("text", "the field or column that holds a document's text; all kinds but text and python-stdlib")
+    dataset: str | None = key(None, "the data set's name, or its folder; for tfds and huggingface")
+    subset: str | None = key(None, "the data set's configuration, where it has several; for huggingface")
+    split: str = key("train", "the data set's split; for tfds and huggingface")
 
     @model_validator(mode="after")
     def _says_where(self) -> "SourceConfig":
@@ -43,43 +43,41 @@ class SourceConfig(Section):
 class StoreWeight(Section):
     """A token store's share of a mixture."""
 
-    store: str = key(..., "The token store: a path, or a gs://, s3:// or file:// URL.")
-    weight: float = key(..., "Its share of the samples, relative to the other weights.", gt=0)
+    store: str = key(..., "the token store: a path, or a gs://, s3:// or file:// URL")
+    weight: float = key(..., "its share of the samples, relative to the other weights", gt=0)
 
 
 class DataConfig(Section):
     """Documents, token store and batches."""
 
     store: str | None = key(
-        None, "The token store: a path, or a gs://, s3://, file:// or memory:// URL. `maxlm data prepare` writes it."
+        None, "the token store: a path, or a gs://, s3://, file:// or memory:// URL. `maxlm data prepare` writes it"
     )
-    sources: tuple[SourceConfig, ...] = key(
-        (), "Where `maxlm data prepare` and `maxlm tokenizer train` find documents."
-    )
+    sources: tuple[SourceConfig, ...] = key((), "where `maxlm data prepare` and `maxlm tokenizer train` find documents")
     heldout_fraction: float = key(
         0.01,
-        "The share of documents that is kept for evaluation. A document's own text decides, by its hash, so equal "
-        "documents are never on both sides.",
+        "the share of documents that is kept for evaluation. A document's own text decides, by its hash, so equal "
+        "documents are never on both sides",
         ge=0,
         lt=1,
     )
     max_bad_fraction: float = key(
         0.01,
-        "The share of bad documents (broken UTF-8, empty, malformed) past which preparing stops; below it they are "
-        "left out, counted and listed in the store's bad.jsonl.",
+        "the share of bad documents (broken UTF-8, empty, malformed) past which preparing stops; below it they are "
+        "left out, counted and listed in the store's bad.jsonl",
         ge=0,
         le=1,
     )
-    workers: int = key(0, "How many processes prepare documents; 0 is one a CPU core.", ge=0)
+    workers: int = key(0, "how many processes prepare documents; 0 is one a CPU core", ge=0)
     mixture: tuple[StoreWeight, ...] = key(
-        (), "Several stores to train on, with their weights, in place of `store`. Each counts its own epochs."
+        (), "several stores to train on, with their weights, in place of `store`. Each counts its own epochs"
     )
-    shuffle: bool = key(True, "Whether windows come in a shuffled order, another one each epoch, by train.seed.")
-    prefetch: int = key(4, "How many batches are read ahead.", unit="batches", ge=1)
+    shuffle: bool = key(True, "whether windows come in a shuffled order, another one each epoch, by train.seed")
+    prefetch: int = key(4, "how many batches are read ahead", unit="batches", ge=1)
     cache_mib: int = key(
         1024,
-        "Stores whose tokens fit in this much memory together are read into it whole; larger ones are read as needed, "
-        "with this much memory for their chunks. For each process.",
+        "stores whose tokens fit in this much memory together are read into it whole; larger ones are read as needed, "
+        "with this much memory for their chunks. For each process",
         unit="MiB",
         ge=0,
     )
