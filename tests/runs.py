@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,15 @@ def start(config: Path, *overrides: str, log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, *command(config, *overrides)], cwd=ROOT, env=environment, stdout=file, stderr=file
         )
+
+
+def start_until(config: Path, run_dir: Path, step: int, *, log: Path) -> subprocess.Popen[bytes]:
+    """As `start`, and waits until step `step` is in the run's metrics."""
+    process = start(config, log=log)
+    while len(training_lines(run_dir)) < step:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.002)
+    return process
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:

@@ -80,10 +80,7 @@ def test_a_signal_saves_leaves_with_zero_and_says_how_to_resume(number, store, u
         tmp_path / "tiny.yaml", store, tmp_path / "run", train={"steps": 40}, checkpoint={"every": 1000}
     )
     log = tmp_path / "log"
-    process = runs.start(config, log=log)
-    while len(runs.training_lines(tmp_path / "run")) < 7:
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.002)
+    process = runs.start_until(config, tmp_path / "run", 7, log=log)
     process.send_signal(number)
     assert process.wait(60) == 0, log.read_text()
     stopped = len(runs.training_lines(tmp_path / "run"))
@@ -119,10 +116,7 @@ def test_many_processes_train_as_one_device_does(processes, devices, mesh, store
 @pytest.mark.processes
 def test_a_run_goes_on_with_another_number_of_processes_and_the_same_data(store, uninterrupted, tmp_path):
     config = runs.write_config(tmp_path / "tiny.yaml", store, tmp_path / "run", train={"steps": 40})
-    process = runs.start(config, log=tmp_path / "log")
-    while len(runs.training_lines(tmp_path / "run")) < 12:
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.002)
+    process = runs.start_until(config, tmp_path / "run", 12, log=tmp_path / "log")
     process.kill()
     process.wait()
     run_processes(2, runs.command(config, "mesh.data=2", "mesh.fsdp=1"))
@@ -135,10 +129,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_the_same_data(store,
 @pytest.mark.processes
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(store, uninterrupted, tmp_path):
     config = runs.write_config(tmp_path / "tiny.yaml", store, tmp_path / "run", train={"steps": 40})
-    process = runs.start(config, log=tmp_path / "log")
-    while len(runs.training_lines(tmp_path / "run")) < 18:
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.002)
+    process = runs.start_until(config, tmp_path / "run", 18, log=tmp_path / "log")
     process.kill()
     process.wait()
     checkpoints = tmp_path / "run" / "checkpoints"
