@@ -52,7 +52,7 @@ def measure(path: str, overrides: list[str], steps: int) -> dict:
     tokens = config.train.global_batch_tokens
     with jax.set_mesh(mesh):
         state = program.init_state()
-        compiled = program.train_step().lower(program.abstract_state(), program.abstract_batch()).compile()
+        compiled = program.train_step().lower(program.abstract_state, program.abstract_batch).compile()
         batch = synthetic_batch(program, np.random.default_rng(0))
         seconds = []
         for i in range(steps + 1):

@@ -62,7 +62,7 @@ def train(config: RunConfig) -> None:
 
 def start(program: Program, checkpoints: Checkpoints, loader: Loader) -> tuple[TrainState, int]:
     """The state to go on from and the number of steps already done: a checkpoint's, or a new run's and 0."""
-    restored = checkpoints.restore(program.abstract_state())
+    restored = checkpoints.restore(program.abstract_state)
     if restored is None:
         state, done = program.init_state(), 0
     else:
@@ -127,7 +127,7 @@ def loop(
     if done >= total:
         metrics.say(f"nothing to do: {config.run_dir} has done {done:,} steps; raise train.steps to go on")
         return
-    step_program = program.train_step().lower(program.abstract_state(), program.abstract_batch()).compile()
+    step_program = program.train_step().lower(program.abstract_state, program.abstract_batch).compile()
     batches = training_batches(program, loader, done)
     evaluation = RunEvaluation(program, loader)
     profiler = Profiler(config.run_dir, config.profile)

@@ -33,11 +33,6 @@ class Mask:
                 f"a sliding window of {self.window} keys leaves nothing to attend to; give at least 1, or None"
             )
 
-    @property
-    def is_full(self) -> bool:
-        """Whether every query may attend to every key."""
-        return not self.causal and self.window is None
-
     def allows(self, q_index: Any, kv_index: Any) -> Any:
         """Element-wise: may the query at `q_index` attend to the key at `kv_index`? Arrays of NumPy or JAX."""
         ahead = kv_index - q_index

@@ -50,6 +50,7 @@ class Program:
         """How every array of a batch lies on the mesh."""
         return jax.NamedSharding(self.mesh, activation_spec("batch", "length"))
 
+    @cached_property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch as shapes, formats and shardings."""
         shape = (self.rows, self.config.train.seq_len)
@@ -58,6 +59,7 @@ class Program:
             for name, dtype in BATCH_ARRAYS.items()
         }
 
+    @cached_property
     def abstract_state(self) -> TrainState:
         """The state as shapes, formats and shardings."""
         window = self.config.train.spike.window

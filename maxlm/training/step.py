@@ -99,13 +99,14 @@ def global_norm(tree: Params) -> jax.Array:
 
 def limits(guard: Guard, spike: SpikeConfig) -> tuple[jax.Array, jax.Array]:
     """The largest loss and gradient norm that are no leap: `sigmas` above the recent mean, once the rings are full."""
+    sigmas = spike.sigmas
+    if sigmas is None:
+        return jnp.float32(jnp.inf), jnp.float32(jnp.inf)
 
     def limit(ring: jax.Array) -> jax.Array:
         full = guard.recorded >= ring.shape[0]
-        return jnp.where(full, jnp.mean(ring) + (spike.sigmas or 0.0) * jnp.std(ring), jnp.inf)
+        return jnp.where(full, jnp.mean(ring) + sigmas * jnp.std(ring), jnp.inf)
 
-    if spike.sigmas is None:
-        return jnp.float32(jnp.inf), jnp.float32(jnp.inf)
     return limit(guard.losses), limit(guard.grad_norms)
 
 

@@ -25,7 +25,7 @@ def test_counted_parameters_are_those_of_the_arrays(name):
     run = tiny.config(model=VARIANTS[name])
     program = tiny.program(run)
     with jax.set_mesh(program.mesh):
-        params = program.abstract_state().params
+        params = program.abstract_state.params
     padding = run.model.padded_vocab_size - run.model.vocab_size
     padding *= run.model.d_model * (1 if run.model.tied_embeddings else 2)
     assert count_parameters(run.model).total == sum(np.prod(x.shape) for x in jax.tree.leaves(params)) - padding
@@ -70,7 +70,7 @@ def test_forward_flops_are_the_compilers_without_its_elementwise_ones():
     program = tiny.program(run)
     with jax.set_mesh(program.mesh):
         forward = jax.jit(lambda params, batch: program.model.bind(params)(batch["inputs"], batch["positions"], None))
-        cost = forward.lower(program.abstract_state().params, program.abstract_batch()).compile().cost_analysis()
+        cost = forward.lower(program.abstract_state.params, program.abstract_batch).compile().cost_analysis()
     head = 2 * run.model.vocab_size * run.model.d_model
     counted = 256 * (forward_flops_per_token(run.model, 32) - head)
     # The compiler adds norms, activations and softmax, and computes the masked half of one 32-token tile.

@@ -114,7 +114,7 @@ def test_full_remat_keeps_less_than_none():
         run = tiny.config(model={**tiny.LLAMA, "n_layers": 8, "remat": {"policy": policy}})
         program = tiny.program(run)
         with jax.set_mesh(program.mesh):
-            step = program.train_step().lower(program.abstract_state(), program.abstract_batch()).compile()
+            step = program.train_step().lower(program.abstract_state, program.abstract_batch).compile()
         return step.memory_analysis().temp_size_in_bytes
 
     assert temporaries("full") < 0.6 * temporaries("none")
@@ -132,7 +132,7 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass():
         )
         program = tiny.program(run, 8)
         with jax.set_mesh(program.mesh):
-            step = program.train_step().lower(program.abstract_state(), program.abstract_batch()).compile()
+            step = program.train_step().lower(program.abstract_state, program.abstract_batch).compile()
         return step.memory_analysis().temp_size_in_bytes
 
     weights = 16 * 3 * 64 * 2048 * 2

@@ -68,7 +68,7 @@ def test_the_optimizer_state_lies_as_zero_says(mesh):
     program = tiny.program(run, 8)
     with jax.set_mesh(program.mesh):
         state = program.init_state()
-        abstract = program.abstract_state()
+        abstract = program.abstract_state
     kernel = state.params["decoder"]["0"]["mlp"]["up"]
     moment = state.opt_state[0].mu["decoder"]["0"]["mlp"]["up"]
     shard = {name: x.addressable_shards[0].data.size / x.size for name, x in (("weight", kernel), ("moment", moment))}
@@ -121,7 +121,7 @@ def test_weight_decay_leaves_norms_and_biases_alone():
     run = tiny.config(model=tiny.GPT2)
     program = tiny.program(run)
     with jax.set_mesh(program.mesh):
-        mask = decay_mask(program.abstract_state().params, run.optimizer.no_decay)
+        mask = decay_mask(program.abstract_state.params, run.optimizer.no_decay)
     assert mask["decoder"]["0"]["mlp"] == {"up": True, "down": True, "up_bias": False, "down_bias": False}
     assert mask["decoder"]["0"]["attention_norm"] == {"scale": False, "bias": False}
     assert mask["embedding"] == {"tokens": True, "positions": True}

@@ -39,13 +39,3 @@ def family_of(theirs: Mapping[str, Any], origin: str) -> Family:
             f"{origin}: architectures = {architectures!r}; of {name} models {family.architecture} can be read"
         )
     return family
-
-
-def to_hf_config(config: ModelConfig, *, dtype: str, special_ids: Mapping[str, int | None]) -> dict[str, Any]:
-    """The config.json of a model; `special_ids` are the ids of `bos`, `eos` and `pad`. Raises ConfigError."""
-    return family_for(config).to_hf_config(config, dtype=dtype, special_ids=special_ids)
-
-
-def from_hf_config(theirs: Mapping[str, Any], origin: str = "config.json") -> ModelConfig:
-    """The model of a config.json. Raises ConfigError that names what has no equal here."""
-    return family_of(theirs, origin).from_hf_config(theirs, origin)
