@@ -31,11 +31,10 @@ quickstart: install
 	@MAXLM=$(MAXLM) bash launch/quickstart.sh $(QUICKSTART) $(SET)
 
 test: install
-	$(RUN)/python -m pytest -m "not slow and not alone" $(SIDE_BY_SIDE)
-	$(RUN)/python -m pytest -m "alone and not slow"
+	$(RUN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE)
 
 test-fast: install
-	$(RUN)/python -m pytest -m "not slow and not processes and not alone" $(SIDE_BY_SIDE)
+	$(RUN)/python -m pytest -m "not slow and not processes" $(SIDE_BY_SIDE)
 
 test-slow: install
 	$(RUN)/python -m pytest -m slow

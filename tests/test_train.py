@@ -208,7 +208,7 @@ def first_step_of_the_quickstart_model(store: Path, run_dir: Path) -> float:
 
 
 @pytest.mark.processes
-@pytest.mark.alone
+@pytest.mark.slow
 def test_the_quickstart_model_steps_within_twelve_seconds_and_does_not_wait_for_data(store, tmp_path):
     for attempt in range(3):  # other work on the machine only adds to it
         seconds = first_step_of_the_quickstart_model(store, tmp_path / f"{attempt}")
