@@ -7,11 +7,11 @@ A CPU has no such sheet: its peak is measured, see `measure_matmul_flops`.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 GB = 10**9
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Chip:
     """JAX's name of the platform: `tpu` or `gpu`."""
     device_kinds: tuple[str, ...]
     """What `device.device_kind` says for it, exactly: an H100 PCIe or a MIG slice is another chip with other peaks."""
-    peak_flops: Mapping[str, float]
+    peak_flops: Mapping[str, float] = field(hash=False)
     """Dense FLOP/s by dtype: `bfloat16`, `float8`, `tensorfloat32`, `float32`. What is not published is not here."""
     hbm_bytes: int
     hbm_bytes_per_s: float
@@ -35,6 +35,26 @@ class Chip:
     torus_axes: int = 0
     """Axes of the ICI torus; 0 for a switched network (NVLink)."""
     devices_per_chip: int = 1
+    usable_hbm_bytes: int | None = None
+    """What the compiler lets a program have of a *device's* memory, as its out-of-memory error of jax 0.10.2 with
+    libtpu 0.0.42.1 says; None for a GPU, whose allocator may be given nearly all."""
+    vmem_bytes: int | None = None
+    """On-chip memory of the TensorCores, all of a chip; None for a GPU."""
+    clock_hz: float | None = None
+    """The TensorCore's clock, which turns the compiler's cycles into seconds; None for a GPU."""
+    cores_per_chip: int = 1
+    """What accelerator names count in a chip: TensorCores of v4 and v5p, JAX devices of tpu7x, else chips."""
+    host_chips: int = 8
+    """Chips of a host (a virtual machine, one JAX process) in a slice of several hosts."""
+    lone_host_chips: int = 8
+    """Chips of the largest slice that is a single host."""
+    largest_shape: tuple[int, ...] = ()
+    """The largest slice along each torus axis; () for a GPU."""
+
+    @property
+    def hbm_bytes_per_device(self) -> int:
+        """Bytes that a program may use of a JAX device's memory."""
+        return self.usable_hbm_bytes or self.hbm_bytes // self.devices_per_chip
 
     @property
     def ici_bytes_per_s_per_axis(self) -> float | None:
@@ -45,6 +65,10 @@ class Chip:
         return self.ici_bytes_per_s / (2 * self.torus_axes) if self.torus_axes else None
 
 
+# VMEM is jax/_src/pallas/mosaic/tpu_info.py's, times the cores of a chip. Clocks: v4, Jouppi et al. 2023, table 4; v5e,
+# the scaling book (jax-ml.github.io/scaling-book/tpus); v5p, v6e and tpu7x follow from the peak, two FLOPs a cycle for
+# each multiplier: 459e12 / (8 x 128^2), 918e12 / (4 x 256^2), 2307e12 / (8 x 256^2). Hosts and largest slices are from
+# the pages' tables of configurations; v5e and v6e have one host of 8 chips, or several of 4.
 TPU_PAGES = "https://docs.cloud.google.com/tpu/docs/"
 H100_WHITE_PAPER = "NVIDIA H100 Tensor Core GPU Architecture, v1.04, table 3"
 
@@ -60,6 +84,13 @@ CHIPS: tuple[Chip, ...] = (
         ici_bytes_per_s=600e9,  # 6 links of 50 GB/s each way
         dcn_bytes_per_s=None,
         torus_axes=3,
+        usable_hbm_bytes=int(30.75 * GIB),
+        vmem_bytes=2 * 16 * MIB,
+        clock_hz=1.05e9,
+        cores_per_chip=2,
+        host_chips=4,
+        lone_host_chips=4,
+        largest_shape=(16, 16, 16),
         source=TPU_PAGES + "v4; ICI: Jouppi et al. 2023, arXiv:2304.01433, table 4",
     ),
     Chip(
@@ -67,11 +98,16 @@ CHIPS: tuple[Chip, ...] = (
         platform="tpu",
         device_kinds=("TPU v5 lite", "TPU v5e"),
         peak_flops={"bfloat16": 197e12},
-        hbm_bytes=16 * GB,
+        hbm_bytes=16 * GIB,  # "16 GB" on the page, of which libtpu gives 15.75 GiB
         hbm_bytes_per_s=819e9,
         ici_bytes_per_s=400e9,
         dcn_bytes_per_s=6.4e12 / 8 / 256,  # 6.4 Tb/s a pod of 256 chips
         torus_axes=2,
+        usable_hbm_bytes=int(15.75 * GIB),
+        vmem_bytes=128 * MIB,
+        clock_hz=1.5e9,
+        host_chips=4,
+        largest_shape=(16, 16),
         source=TPU_PAGES + "v5e",
     ),
     Chip(
@@ -84,6 +120,13 @@ CHIPS: tuple[Chip, ...] = (
         ici_bytes_per_s=1200e9,
         dcn_bytes_per_s=50e9 / 8,
         torus_axes=3,
+        usable_hbm_bytes=int(95.74 * GIB),
+        vmem_bytes=2 * 64 * MIB,
+        clock_hz=1.75e9,
+        cores_per_chip=2,
+        host_chips=4,
+        lone_host_chips=4,
+        largest_shape=(16, 16, 24),
         source=TPU_PAGES + "v5p and " + TPU_PAGES + "tpu7x (fp8, GiB, DCN)",
     ),
     Chip(
@@ -91,12 +134,17 @@ CHIPS: tuple[Chip, ...] = (
         platform="tpu",
         device_kinds=("TPU v6 lite", "TPU v6e"),
         peak_flops={"bfloat16": 918e12, "float8": 918e12},
-        hbm_bytes=32 * GB,
+        hbm_bytes=32 * GIB,
         hbm_bytes_per_s=1638e9,
         ici_bytes_per_s=800e9,
         dcn_bytes_per_s=100e9 / 8,
         torus_axes=2,
-        source=TPU_PAGES + "v6e and " + TPU_PAGES + "tpu7x (fp8, DCN)",
+        usable_hbm_bytes=int(31.25 * GIB),
+        vmem_bytes=128 * MIB,
+        clock_hz=1.75e9,
+        host_chips=4,
+        largest_shape=(16, 16),
+        source=TPU_PAGES + "v6e and " + TPU_PAGES + "tpu7x (fp8, GiB, DCN)",
     ),
     Chip(
         name="tpu7x",
@@ -109,6 +157,13 @@ CHIPS: tuple[Chip, ...] = (
         dcn_bytes_per_s=100e9 / 8,
         torus_axes=3,
         devices_per_chip=2,  # "lets you access two TPU devices instead of the single logical core"
+        usable_hbm_bytes=int(94.75 * GIB),
+        vmem_bytes=2 * 64 * MIB,
+        clock_hz=2.2e9,
+        cores_per_chip=2,
+        host_chips=4,
+        lone_host_chips=4,
+        largest_shape=(16, 24, 24),  # 9,216 chips, the pod
         source=TPU_PAGES + "tpu7x",
     ),
     Chip(
@@ -171,6 +226,22 @@ CHIPS: tuple[Chip, ...] = (
 )
 
 _CHIP_BY_KIND = {kind: chip for chip in CHIPS for kind in chip.device_kinds}
+
+
+_CHIP_BY_NAME = {chip.name.lower(): chip for chip in CHIPS} | {
+    "v5litepod": next(chip for chip in CHIPS if chip.name == "v5e"),
+    "a100": next(chip for chip in CHIPS if chip.name == "A100-80GB"),
+}
+
+
+def chip_named(name: str) -> Chip | None:
+    """The chip of that name in any case (`v5litepod` is the v5e, `a100` the one with 80 GB), or None."""
+    return _CHIP_BY_NAME.get(name.lower())
+
+
+def chip_names() -> tuple[str, ...]:
+    """Every name that `chip_named` knows."""
+    return tuple(_CHIP_BY_NAME)
 
 
 def chip_of(device: Any) -> Chip | None:
