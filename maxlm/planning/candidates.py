@@ -171,7 +171,7 @@ def meshes(config: RunConfig, n_devices: int) -> Iterator[MeshConfig]:
 
 def _allowed(config: RunConfig, axis: str) -> bool:
     try:
-        support.check(vary(config, mesh=MeshConfig(**dict.fromkeys(AXES, 1) | {axis: 2})))
+        support.check(vary(config, mesh=MeshConfig.model_validate(dict.fromkeys(AXES, 1) | {axis: 2})))
     except ConfigError:
         return False
     return True
