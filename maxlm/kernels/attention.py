@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from maxlm.kernels import attention_chunked
+from maxlm.kernels import attention_chunked, attention_tpu
 from maxlm.kernels.attention_chunked import Chunking
 from maxlm.kernels.attention_reference import attention_reference
 from maxlm.kernels.manual import bring, on_each_device, platform
 from maxlm.kernels.masks import Mask
 from maxlm.parallel.axes import activation_spec
 
-IMPLEMENTATIONS = ("auto", "reference", "chunked")
+IMPLEMENTATIONS = ("auto", "reference", "chunked", "pallas")
 
 # Lengths of the tiles of the score matrix. On a CPU they should stay in the caches: of 64 to 512, 128 x 128 was the
 # fastest (docs/performance-log.md). Elsewhere a step of the scan has to be worth its launches.
@@ -61,25 +61,37 @@ def attention(
         kv_segments_BS = segments_BT if kv_segments_BS is None else kv_segments_BS
         segments_BT = bring(segments_BT, activation_spec("batch", "length"))
         kv_segments_BS = bring(kv_segments_BS, activation_spec("batch", "length"))
-    if choose(implementation, cached=q_offset_B is not None) == "reference":
+    chosen = choose(implementation, attention_tpu.refusal(q_BTHK, k_BSGK, v_BSGV), cached=q_offset_B is not None)
+    if chosen == "reference":
         if q_offset_B is not None:
             q_offset_B = bring(q_offset_B, activation_spec("batch"))
         local = partial(attention_reference, mask=mask, scale=factor, softcap=softcap)
         specs = (*_specs(), activation_spec("batch"))
         run = on_each_device(local, specs, activation_spec("batch", "length", "heads", None))
         return run(q_BTHK, k_BSGK, v_BSGV, segments_BT, kv_segments_BS, q_offset_B)
+    if chosen == "pallas":
+        local = partial(attention_tpu.attend, mask=mask, scale=factor, softcap=softcap, interpret=platform() != "tpu")
+        run = on_each_device(local, _specs(), activation_spec("batch", "length", "heads", None), checked=False)
+        return run(q_BTHK, k_BSGK, v_BSGV, segments_BT, kv_segments_BS)
     tile = CPU_TILE if platform() == "cpu" else ACCELERATOR_TILE
     how = Chunking(mask=mask, scale=factor, softcap=softcap, q_tile=tile, kv_tile=tile)
     return _chunked(q_BTHK, k_BSGK, v_BSGV, segments_BT, kv_segments_BS, how)
 
 
-def choose(implementation: str, *, cached: bool) -> str:
-    """The implementation that a call runs: the asked one, except that cached decoding has only the reference."""
+def choose(implementation: str, pallas_refusal: str | None, *, cached: bool) -> str:
+    """The implementation that a call runs: the asked one, except that cached decoding has only the reference.
+
+    `auto` is the Pallas kernel on a TPU, where it takes the shapes, and the chunked one elsewhere.
+    """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if cached:
         return "reference"
-    return "chunked" if implementation == "auto" else implementation
+    if implementation == "pallas" and pallas_refusal:
+        raise ValueError(f"attention implementation 'pallas': {pallas_refusal}; use 'auto' or 'chunked'")
+    if implementation == "auto":
+        return "pallas" if platform() == "tpu" and pallas_refusal is None else "chunked"
+    return implementation
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -88,6 +100,10 @@ def _chunked(q, k, v, segments, kv_segments, how: Chunking) -> jax.Array:
 
 
 def _chunked_forward(q, k, v, segments, kv_segments, how: Chunking):
+    if segments is not None:
+        # Tied to q, or partial evaluation of a scan over layers finds that the masks of all tiles are the same in every
+        # layer and makes them ahead, all at once: gigabytes.
+        q, segments, kv_segments = jax.lax.optimization_barrier((q, segments, kv_segments))
     out_specs = (activation_spec("batch", "length", "heads", None), activation_spec("batch", "length", "heads"))
     run = on_each_device(partial(attention_chunked.forward, how=how), _specs(), out_specs)
     o, lse = run(q, k, v, segments, kv_segments)

@@ -22,9 +22,11 @@ from maxlm.kernels import manual
 from maxlm.parallel.axes import activation_spec, mesh_axes
 
 # Bytes of one chunk's float32 logits, and the fewest tokens whose products are still efficient. On a CPU the devices of
-# a mesh are simulated and share one memory, so the bytes are for all of them (docs/performance-log.md).
+# a mesh are simulated and share one memory, so the bytes are for all of them. On an accelerator every chunk reads and
+# writes the head's whole float32 gradient, which a chunk of 191 tokens did for a seventh of the step of Llama-3 8B
+# (docs/performance-log.md).
 CPU_CHUNK_BYTES, CPU_LEAST_TOKENS = 64 << 20, 128
-ACCELERATOR_CHUNK_BYTES, ACCELERATOR_LEAST_TOKENS = 96 << 20, 64
+ACCELERATOR_CHUNK_BYTES, ACCELERATOR_LEAST_TOKENS = 1 << 30, 1024
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def _local_token_losses(x_BTD, w_VD, targets_BT, *, how: _How, w_axes: manual.Ax
 
 
 def _local_gradients(x_BTD, w_VD, targets_BT, weights_BT, *, how: _How, w_axes: manual.Axes):
-    """The sums, and their gradients by x (in its dtype), w (in its dtype, added up in float32) and weights.
+    """The sums, and their gradients by x (in its dtype), w (in its dtype, a device's tokens added up in float32), weights.
 
     With `e` the exponentials of a row but its target's, and `a = 1 + 2 z_loss lse`, the row of logit gradients is
     `weight a / s * E`, where `E = e` except `e_y - s / a` at the target. Multiplying by `E` and scaling the products
@@ -183,7 +185,8 @@ def _local_gradients(x_BTD, w_VD, targets_BT, weights_BT, *, how: _How, w_axes: 
     (sums, dw), (dx_CND, dweight_CN) = jax.lax.scan(body, ((zero, zero), dw), chunks)
     dx_BTD = dx_CND.reshape(-1, x_BTD.shape[-1])[:n_tokens].reshape(*weights_BT.shape, -1)
     dx_BTD = manual.scattered_total(dx_BTD, mesh_axes("residual_length"), 1)
-    dw = manual.scattered_total(dw, w_axes, 1)
+    # Between devices it travels in the format of the products, as the gradients of all gathered weights do.
+    dw = manual.scattered_total(dw.astype(x_BTD.dtype), w_axes, 1)
     dw = manual.total(dw, tuple(axis for axis in mesh_axes("batch") if axis not in w_axes))
     dweight_BT = dweight_CN.reshape(-1)[:n_tokens].reshape(weights_BT.shape)
     return *manual.total(sums, mesh_axes("batch")), dx_BTD, dw.astype(w_VD.dtype), dweight_BT

@@ -10,6 +10,7 @@ Shape letters: B batch, T positions, V padded vocabulary, D d_model.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,12 @@ from maxlm.kernels import manual
 from maxlm.parallel.axes import activation_spec, mesh_axes
 
 
-def embed(table_VD: jax.Array, tokens_BT: jax.Array, *, length_axis: str = "residual_length") -> jax.Array:
-    """The row of each token, `[B, T, D]` in the table's dtype; zeros for a token that is not in the table.
+def embed(
+    table_VD: jax.Array, tokens_BT: jax.Array, *, dtype: Any = None, length_axis: str = "residual_length"
+) -> jax.Array:
+    """The row of each token, `[B, T, D]` in `dtype` (the table's unless given); zeros for one that is not in the table.
 
-    The result is sharded over the batch and, by `length_axis`, over positions: `residual_length` as the residual stream
+    Rows and their gradients travel in `dtype`. The result is sharded over the batch and, by `length_axis`, over positions: `residual_length` as the residual stream
     of training, `length` (positions whole) for decoding. The table's gradient is added up in float32, and lies as
     the table does: over the vocabulary, and over D by any of the batch's mesh axes. Raises ValueError on a table that
     is not two-dimensional or tokens that are not integers.
@@ -32,23 +35,21 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array, *, length_axis: str = "resi
     stored = tuple(axis for axis in manual.axes_of(table_VD, 1) if axis in mesh_axes("batch"))
     table_VD = manual.bring(table_VD, PartitionSpec(mesh_axes("vocab"), stored or None))
     tokens_BT = manual.bring(tokens_BT, activation_spec("batch", "length"))
-    return _embed(table_VD, tokens_BT, length_axis)
+    return _embed(table_VD, tokens_BT, jnp.dtype(dtype or table_VD.dtype), length_axis)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _embed(table_VD: jax.Array, tokens_BT: jax.Array, length_axis: str) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, length_axis: str) -> jax.Array:
     table_spec, tokens_spec, x_spec, stored = _specs(table_VD, length_axis)
-    run = manual.on_each_device(
-        partial(_local_lookup, stored=stored, length_axes=mesh_axes(length_axis)), (table_spec, tokens_spec), x_spec
-    )
-    return run(table_VD, tokens_BT)
+    local = partial(_local_lookup, dtype=dtype, stored=stored, length_axes=mesh_axes(length_axis))
+    return manual.on_each_device(local, (table_spec, tokens_spec), x_spec)(table_VD, tokens_BT)
 
 
-def _forward(table_VD: jax.Array, tokens_BT: jax.Array, length_axis: str):
-    return _embed(table_VD, tokens_BT, length_axis), (table_VD, tokens_BT)
+def _forward(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, length_axis: str):
+    return _embed(table_VD, tokens_BT, dtype, length_axis), (table_VD, tokens_BT)
 
 
-def _backward(length_axis: str, residuals, dx_BTD: jax.Array):
+def _backward(dtype: jnp.dtype, length_axis: str, residuals, dx_BTD: jax.Array):
     table_VD, tokens_BT = residuals
     table_spec, tokens_spec, x_spec, stored = _specs(table_VD, length_axis)
     local = partial(_local_gradient, stored=stored, length_axes=mesh_axes(length_axis))
@@ -59,9 +60,10 @@ def _backward(length_axis: str, residuals, dx_BTD: jax.Array):
 _embed.defvjp(_forward, _backward)
 
 
-def _local_lookup(table_VD: jax.Array, tokens_BT: jax.Array, *, stored: manual.Axes, length_axes: manual.Axes):
-    rows_BT, here_BT = _rows(table_VD, tokens_BT, stored)
-    x_BTD = jnp.where(here_BT[..., None], table_VD.at[rows_BT].get(mode="promise_in_bounds"), 0)
+def _local_lookup(table_VD, tokens_BT, *, dtype, stored: manual.Axes, length_axes: manual.Axes):
+    rows_N, here_N = _rows(table_VD, tokens_BT, stored)
+    x_ND = jnp.where(here_N[:, None], table_VD.at[rows_N].get(mode="promise_in_bounds").astype(dtype), 0)
+    x_BTD = x_ND.reshape(-1, tokens_BT.shape[1], x_ND.shape[1])
     # Each token is in one part of the vocabulary, so this sum only adds zeros.
     if length_axes:
         x_BTD = manual.scattered_total(x_BTD, length_axes, 1)
@@ -71,20 +73,24 @@ def _local_lookup(table_VD: jax.Array, tokens_BT: jax.Array, *, stored: manual.A
 
 
 def _local_gradient(table_VD, tokens_BT, dx_BTD, *, stored: manual.Axes, length_axes: manual.Axes):
-    rows_BT, here_BT = _rows(table_VD, tokens_BT, stored)
+    rows_N, here_N = _rows(table_VD, tokens_BT, stored)
     dx_BTD = manual.exchanged(dx_BTD, stored, split=2, join=0)
-    dx_BTD = manual.gathered(dx_BTD, length_axes, 1).astype(jnp.float32)
+    dx_BTD = manual.gathered(dx_BTD, length_axes, 1)
+    dx_ND = jnp.where(here_N[:, None], dx_BTD.reshape(rows_N.shape[0], -1).astype(jnp.float32), 0.0)
     dtable_VD = manual.zeros(table_VD.shape, jnp.float32, table_VD, dx_BTD)
-    dtable_VD = dtable_VD.at[rows_BT].add(jnp.where(here_BT[..., None], dx_BTD, 0.0), mode="promise_in_bounds")
+    dtable_VD = dtable_VD.at[rows_N].add(dx_ND, mode="promise_in_bounds")
     dtable_VD = manual.total(dtable_VD, tuple(axis for axis in mesh_axes("batch") if axis not in stored))
     return dtable_VD.astype(table_VD.dtype)
 
 
 def _rows(table_VD: jax.Array, tokens_BT: jax.Array, stored: manual.Axes) -> tuple[jax.Array, jax.Array]:
-    """The tokens of all devices that share the table's width as rows of this device's part, and which are in it."""
+    """The tokens of all devices that share the table's width as rows of this device's part, and which are in it.
+
+    In one row: compiling the same for a TPU on `[B, T]` of few rows takes ten times as long.
+    """
     v_local = table_VD.shape[0]
-    rows_BT = manual.gathered(tokens_BT, stored, 0) - manual.index(mesh_axes("vocab")) * v_local
-    return jnp.clip(rows_BT, 0, v_local - 1), (rows_BT >= 0) & (rows_BT < v_local)
+    rows_N = manual.gathered(tokens_BT.reshape(-1), stored, 0) - manual.index(mesh_axes("vocab")) * v_local
+    return jnp.clip(rows_N, 0, v_local - 1), (rows_N >= 0) & (rows_N < v_local)
 
 
 def _specs(table_VD: jax.Array, length_axis: str):

@@ -19,14 +19,15 @@ def has_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
-def on_each_device(f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def on_each_device(f: Callable[..., Any], in_specs: Any, out_specs: Any, *, checked: bool = True) -> Callable[..., Any]:
     """`f` on every device's share of its arguments, manual over all axes of the current mesh.
 
     On a mesh of one device nothing varies and no collective below does anything, so there is nothing to check.
+    `checked=False` is for code that does not say what varies, such as the Pallas kernels of a library.
     """
     if not has_mesh():
         return f
-    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=n_devices() > 1)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=checked and n_devices() > 1)
 
 
 def bring(x: jax.Array, spec: PartitionSpec) -> jax.Array:

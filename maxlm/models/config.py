@@ -56,7 +56,9 @@ class ModelConfig(Section):
     attention_out_bias: bool = key(False, "a bias on attention's output projection")
     qk_norm: bool = key(False, "RMSNorm over each head of queries and keys, before RoPE (arXiv:2302.05442)")
     attention_softcap: float | None = key(None, "attention scores are softcap * tanh(scores / softcap)", gt=0)
-    attention_implementation: Literal["auto", "reference", "chunked"] = key("auto", "which attention kernel runs")
+    attention_implementation: Literal["auto", "reference", "chunked", "pallas"] = key(
+        "auto", "which attention kernel runs; auto: pallas on TPUs where it takes the shapes, chunked elsewhere"
+    )
     mlp: Literal["swiglu", "geglu", "gelu", "relu2"] = key(
         "swiglu", "gated by SiLU or GELU (arXiv:2002.05202), or plain with GELU or squared ReLU (arXiv:2109.08668)"
     )

@@ -36,7 +36,7 @@ class Embedding(nnx.Module):
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, context: Context) -> jax.Array:
         """Vectors `[B, T, D]` in the compute format, as the residual stream is sharded."""
         _, length_axis, _ = context.residual
-        x_BTD = embed(self.tokens[...], tokens_BT, length_axis=length_axis).astype(self.dtype)
+        x_BTD = embed(self.tokens[...], tokens_BT, dtype=self.dtype, length_axis=length_axis)
         if hasattr(self, "positions"):
             table = use(self.positions, self.dtype)
             x_BTD = x_BTD + table.at[positions_BT].get(out_sharding=activation_spec(*context.residual))

@@ -1,0 +1,86 @@
+"""Attention on a TPU core, by JAX's splash attention (Pallas, Mosaic): tiles that the mask empties are never visited.
+
+Global arrays' kernel contract is in `attention.py`; here is one device's share. Elsewhere than on a TPU the kernel is
+interpreted, which is for tests. Shape letters as in `attention_reference.py`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+from maxlm.kernels.masks import Mask
+
+LANES = 128
+# Lengths of the tiles that a step of the kernel's grid works on, of which the largest that divides is taken, and of the
+# pieces of keys that it multiplies at a time.
+TILES = (1024, 512, 256, 128)
+PIECE = 512
+
+
+def refusal(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array) -> str | None:
+    """Why the kernel does not take these arrays, or None if it does."""
+    for name, length in (("queries", q_BTHK.shape[1]), ("keys", k_BSGK.shape[1])):
+        if length % LANES:
+            return f"{length} {name} are not a multiple of {LANES}"
+    if q_BTHK.shape[-1] != v_BSGV.shape[-1]:
+        return f"values of width {v_BSGV.shape[-1]} with queries of width {q_BTHK.shape[-1]}"
+    if q_BTHK.shape[-1] % 64:
+        return f"heads of width {q_BTHK.shape[-1]} are not a multiple of 64"
+    return None
+
+
+def attend(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGV: jax.Array,
+    segments_BT: jax.Array | None,
+    kv_segments_BS: jax.Array | None,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+    interpret: bool,
+) -> jax.Array:
+    """The output `[B, T, H, V]` in q's dtype, differentiable; its output and log-sum-exp are named `flash_out`."""
+    kernel = _kernel(q_BTHK.shape[1], k_BSGK.shape[1], q_BTHK.shape[2], mask, softcap, interpret)
+    q, k, v = (x.swapaxes(1, 2) for x in (q_BTHK * jnp.asarray(scale, q_BTHK.dtype), k_BSGK, v_BSGV))
+    if segments_BT is None:
+        return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
+    o_BHTV = jax.vmap(kernel)(q, k, v, splash.SegmentIds(q=segments_BT, kv=kv_segments_BS))
+    # Padding (segment 0) attends to padding in there, and to nothing by contract.
+    return jnp.where((segments_BT != 0)[:, :, None, None], o_BHTV.swapaxes(1, 2), 0)
+
+
+def _kernel(T: int, S: int, n_heads: int, mask: Mask, softcap: float | None, interpret: bool):
+    if mask.window is not None:
+        one = splash_mask.LocalMask((T, S), (mask.window - 1, 0 if mask.causal else mask.window - 1), 0)
+    else:
+        one = splash_mask.CausalMask((T, S)) if mask.causal else splash_mask.FullMask((T, S))
+    q_tile, kv_tile = _tile(T), _tile(S)
+    piece = min(PIECE, kv_tile)
+    blocks = splash.BlockSizes(
+        block_q=q_tile,
+        block_kv=kv_tile,
+        block_kv_compute=piece,
+        block_q_dkv=q_tile,
+        block_kv_dkv=kv_tile,
+        block_kv_dkv_compute=piece,
+        block_q_dq=q_tile,
+        block_kv_dq=kv_tile,
+    )
+    return splash.make_splash_mha(
+        splash_mask.MultiHeadMask([one] * n_heads),
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
+        residual_checkpoint_name="flash_out",
+        interpret=interpret,
+    )
+
+
+def _tile(length: int) -> int:
+    return next(tile for tile in TILES if length % tile == 0)
