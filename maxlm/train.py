@@ -26,7 +26,8 @@ from maxlm.models.flops import count_parameters, training_flops_per_token
 from maxlm.models.losses import Batch
 from maxlm.parallel import distributed, support
 from maxlm.parallel.mesh import make_mesh
-from maxlm.planning.hardware import peak_flops_per_device
+from maxlm.planning.hardware import chip_of, peak_flops_per_device
+from maxlm.planning.xla_options import compiler_options
 from maxlm.run_lock import RunLock
 from maxlm.training.metrics import Metrics, Profiler
 from maxlm.training.program import Program
@@ -127,7 +128,9 @@ def loop(
     if done >= total:
         metrics.say(f"nothing to do: {config.run_dir} has done {done:,} steps; raise train.steps to go on")
         return
-    step_program = program.train_step().lower(program.abstract_state, program.abstract_batch).compile()
+    lowered = program.lower()
+    chip = chip_of(program.mesh.devices.flat[0])
+    step_program = lowered.compile(compiler_options=compiler_options(chip and chip.name) or None)
     batches = training_batches(program, loader, done)
     evaluation = RunEvaluation(program, loader)
     profiler = Profiler(config.run_dir, config.profile)

@@ -64,14 +64,39 @@ def resolve_sizes(config: MeshConfig, n_devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh over `devices` (all of the cluster's by default), laid along the physical network where there is one."""
+    """The mesh over `devices` (all of the cluster's by default), laid along the physical network where there is one.
+
+    Devices in several TPU slices are spread over them by one axis, see `axis_over_slices`.
+    """
     import jax
     from jax.experimental import mesh_utils
 
     devices = list(jax.devices() if devices is None else devices)
     sizes = resolve_sizes(config, len(devices))
-    array = mesh_utils.create_device_mesh(tuple(sizes.values()), devices=devices, allow_split_physical_axes=True)
+    n_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if n_slices == 1:
+        array = mesh_utils.create_device_mesh(tuple(sizes.values()), devices=devices, allow_split_physical_axes=True)
+    else:
+        between = dict.fromkeys(AXES, 1) | {axis_over_slices(sizes, n_slices): n_slices}
+        within = tuple(sizes[axis] // between[axis] for axis in AXES)
+        array = mesh_utils.create_hybrid_device_mesh(
+            within, tuple(between.values()), devices=devices, allow_split_physical_axes=True
+        )
     return jax.sharding.Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
+
+
+def axis_over_slices(sizes: dict[str, int], n_slices: int) -> str:
+    """The mesh axis whose communication crosses the network between slices: the first that they divide.
+
+    Raises ClusterError where none of pipeline, data and fsdp is a multiple of the number of slices.
+    """
+    for axis in ("pipeline", "data", "fsdp"):
+        if sizes[axis] % n_slices == 0:
+            return axis
+    raise ClusterError(
+        f"mesh {_show(sizes)} cannot be spread over {n_slices} slices: none of pipeline, data and fsdp is a multiple "
+        f"of {n_slices}; set mesh.data={n_slices}"
+    )
 
 
 def _show(sizes: dict[str, int]) -> str:

@@ -14,7 +14,7 @@ from maxlm.parallel.axes import activation_spec
 from maxlm.training.optimizer import make_optimizer
 from maxlm.training.schedule import make_schedule
 from maxlm.training.state import Placement, TrainState, abstract_state, init_state
-from maxlm.training.step import TrainStep, make_train_step
+from maxlm.training.step import make_train_step
 
 if TYPE_CHECKING:
     from maxlm.config import RunConfig
@@ -71,7 +71,7 @@ class Program:
         init = jax.jit(lambda key: init_state(self.model, self._optimizer, self._placement, window, key))
         return init(jax.random.key(seed))
 
-    def train_step(self) -> TrainStep:
+    def train_step(self) -> jax.stages.Wrapped:
         """The step, jitted, with its state donated: the arrays that go in are overwritten by those that come out."""
         config = self.config
         schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.train.steps)
@@ -79,6 +79,10 @@ class Program:
             self.model, self._optimizer, schedule, self._placement, config.train, config.optimizer, config.loss
         )
         return jax.jit(step, donate_argnums=0)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step as StableHLO for the mesh's devices, which need not be here: `train` runs it, `plan` compiles it."""
+        return self.train_step().lower(self.abstract_state, self.abstract_batch)
 
     @cached_property
     def _optimizer(self):

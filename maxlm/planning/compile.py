@@ -1,0 +1,189 @@
+"""The run's own step, compiled for devices that are not here, by the compiler that would make it there.
+
+libtpu and XLA's CUDA plugin compile on any Linux host for clusters of any size. What they say is exact and repeatable:
+memory, collectives, and, for TPUs, the cycles that the compiler counts on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import resource
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from maxlm.errors import MaxlmError
+from maxlm.planning.topology import Topology
+from maxlm.planning.xla_options import compiler_options
+
+if TYPE_CHECKING:
+    import jax
+
+    from maxlm.config import RunConfig
+
+# For libtpu on a host without a TPU: no questions to a metadata server, and no lock file that a second plan would fail
+# at. The accelerator type is only what it believes of this host.
+TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+class CompilerMissingError(MaxlmError):
+    """The compiler that a topology needs is not installed."""
+
+
+class OutOfMemoryError(MaxlmError):
+    """The compiled step needs more memory than a device has. Its text is the compiler's."""
+
+
+@dataclass(frozen=True)
+class LoweredStep:
+    """The step as StableHLO, before the compiler: its hash is the same for a plan and for the run planned."""
+
+    lowered: jax.stages.Lowered
+    program_sha256: str
+    sizes: dict[str, int]
+    device_order: tuple[int, ...]
+    options: dict[str, str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """What the compiler made of the step. Bytes are of one device."""
+
+    text: str
+    memory: dict[str, int]
+    flops: float | None
+    compile_seconds: float
+    cpu_seconds: float
+    peak_rss_bytes: int
+
+
+def require_compiler(topology: Topology) -> str:
+    """The name of the topology's compiler. Raises CompilerMissingError, saying how to install it."""
+    name, module, extra = (
+        ("libtpu", "libtpu", "tpu") if topology.is_tpu else ("xla-cuda", "jax_plugins.xla_cuda12", "cuda12")
+    )
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        raise CompilerMissingError(
+            f"{topology.name} needs the compiler {name}, which is not installed: pip install 'maxlm[{extra}]' "
+            f"(it needs no {'TPU' if topology.is_tpu else 'GPU'})"
+        )
+    return name
+
+
+def versions(topology: Topology) -> dict[str, str | None]:
+    """The versions that decide what is compiled: of jax and of the compiler, None where it is not installed."""
+    import importlib.metadata
+
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    compiler = "libtpu" if topology.is_tpu else "jax-cuda12-plugin"
+    return {"jax": version("jax"), compiler: version(compiler)}
+
+
+def topology_devices(topology: Topology) -> list[jax.Device]:
+    """The devices of a cluster that is not here, to compile for. Raises CompilerMissingError."""
+    require_compiler(topology)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if not topology.is_tpu:
+        from maxlm.planning.cuda import cuda_topology_devices
+
+        return cuda_topology_devices(topology)
+    for name, value in TPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    chip = topology.chip
+    flat = len(topology.shape) == 2
+    host = (min(4, topology.shape[0]), min(4, topology.shape[1]), 1) if flat else (2, 2, 1)
+    if topology.shape in ((1, 1), (1, 1, 1)):
+        host = (1, 1, 1)
+    described = topologies.get_topology_desc(
+        platform="tpu",
+        topology_name=topology.name,
+        chip_config_name="megacore" if chip.cores_per_chip > 1 and chip.devices_per_chip == 1 else "default",
+        chips_per_host_bounds=host,
+        num_slices=topology.slices,
+        wrap=(*topology.wrap, *(True,) * flat),
+    )
+    return list(described.devices)
+
+
+def lower_step(config: RunConfig, topology: Topology) -> LoweredStep:
+    """The step of a config, lowered for a topology: seconds, whatever the size of model and cluster.
+
+    Raises CompilerMissingError, and ClusterError or ConfigError where mesh, model and batch do not suit each other.
+    """
+    devices = topology_devices(topology)
+    import jax
+
+    from maxlm.parallel import support
+    from maxlm.parallel.mesh import make_mesh
+    from maxlm.training.program import Program
+
+    mesh = make_mesh(config.mesh, devices)
+    support.check_mesh(config, dict(mesh.shape))
+    began = time.perf_counter()
+    with jax.set_mesh(mesh):
+        lowered = Program(config, mesh).lower()
+    return LoweredStep(
+        lowered=lowered,
+        program_sha256=program_hash(lowered),
+        sizes=dict(mesh.shape),
+        device_order=tuple(int(device.id) for device in mesh.devices.flat),
+        options=compiler_options(topology.chip.name),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def program_hash(lowered: jax.stages.Lowered) -> str:
+    """The hash of a lowered program's StableHLO, without the places in the source that it came from."""
+    return hashlib.sha256(lowered.as_text().encode()).hexdigest()
+
+
+def compile_step(step: LoweredStep) -> CompiledStep:
+    """Compiles a lowered step; a minute or two for a large model. Raises OutOfMemoryError with the compiler's text."""
+    import jax
+
+    began, cpu_began = time.perf_counter(), time.process_time()
+    try:
+        compiled = step.lowered.compile(compiler_options=step.options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise OutOfMemoryError(str(error)) from error
+        raise
+    stats: Any = compiled.memory_analysis()
+    memory = {
+        "argument": stats.argument_size_in_bytes,
+        "output": stats.output_size_in_bytes,
+        "alias": stats.alias_size_in_bytes,
+        "temp": stats.temp_size_in_bytes,
+        "host_temp": stats.host_temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+        "peak": stats.peak_memory_in_bytes,
+    }
+    memory["required"] = memory["argument"] + memory["output"] - memory["alias"] + memory["temp"] + memory["code"]
+    cost = compiled.cost_analysis() or {}
+    return CompiledStep(
+        text=compiled.as_text() or "",
+        memory=memory,
+        flops=cost.get("flops"),
+        compile_seconds=time.perf_counter() - began,
+        cpu_seconds=time.process_time() - cpu_began,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )

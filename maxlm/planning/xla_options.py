@@ -1,0 +1,37 @@
+"""The compiler options that each chip is trained and planned with, each for a measured reason.
+
+`train` gives them to the compiler through the same call as `plan`, so that the step planned is the step run. Figures
+are of `benchmarks/xla_options.py` and docs/performance-log.md, where what did not help stands too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting of the compiler, and what was measured that speaks for it."""
+
+    value: str
+    reason: str
+
+
+_WINDOWS = (
+    "{} KiB of VMEM for one fused operation instead of 16,384: the matrix products of a Llama-3 8B layer take {} of "
+    "the compiler's cycles"
+)
+
+OPTIONS: Mapping[str, Mapping[str, Option]] = {
+    "v4": {},
+    "v5e": {},
+    "v5p": {"xla_tpu_scoped_vmem_limit_kib": Option("32768", _WINDOWS.format("32,768", "0.84"))},
+    "v6e": {},
+    "tpu7x": {},
+}
+
+
+def compiler_options(chip_name: str | None) -> dict[str, str]:
+    """The options for a chip by its name in the hardware table; {} for one that is not known, such as a CPU."""
+    return {name: option.value for name, option in OPTIONS.get(chip_name or "", {}).items()}
