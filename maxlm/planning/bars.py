@@ -72,17 +72,19 @@ def bars(
     if limit is not None:
         x = axis(limit)
         parts.append(f'<rect class="beyond" x="{x:.1f}" y="{top}" width="{right - x:.1f}" height="{bottom - top}"/>')
-    y = float(top)
+    y, drawn = float(top), []
     for row, (height, thickness), gap in zip(rows, heights, gaps, strict=True):
         y += gap
-        parts += _row(row, axis, y + (height - thickness) / 2, thickness)
+        drawn += _row(row, axis, y + (height - thickness) / 2, thickness)
         y += height
+    parts += [part for part in drawn if part.startswith("<rect")]
     parts.append(f'<line class="axis" x1="{left:.1f}" x2="{left:.1f}" y1="{top}" y2="{bottom}"/>')
     if limit is not None:
         x = axis(limit)
         near_end = x > (left + right) / 2
         parts.append(f'<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="{top - 4}" y2="{bottom}"/>')
         parts.append(_words(x + (4 if near_end else -4), top - 9, limit_words, "over", "end" if near_end else "start"))
+    parts += [part for part in drawn if not part.startswith("<rect")]
     return "".join([*parts, "</svg>"])
 
 

@@ -64,6 +64,11 @@ def entries(value: Any, *path: str) -> list[dict[str, Any]]:
     return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
+def strings(value: Any) -> list[str]:
+    """The items of a list as text, without those that are null."""
+    return [str(each) for each in value if each is not None] if isinstance(value, list | tuple) else []
+
+
 def whole(value: Any) -> str:
     """12,345."""
     finite = number(value)
@@ -106,6 +111,27 @@ def two(values: Any, shown: Callable[[Any], str]) -> tuple[str, str]:
     """A prediction's best and worst, or two dashes."""
     best, worst = values if isinstance(values, list | tuple) and len(values) == 2 else (None, None)
     return shown(best), shown(worst)
+
+
+def between(values: Any, shown: Callable[[Any], str]) -> str:
+    """A range, from the smaller: 331k–368k, 58.1–64.5%; the unit once where it is one."""
+    if not isinstance(values, list | tuple) or len(values) != 2 or None in map(number, values):
+        return NOTHING
+    low, high = (shown(value) for value in sorted(values))
+    if low == high:
+        return low
+    unit = high.lstrip("0123456789.,")
+    if unit and low.lstrip("0123456789.,") == unit:
+        low = low.removesuffix(unit)
+    return f"{low}–{high}"
+
+
+def step_range(values: Any) -> str:
+    """A range of step times: 0.93–1.71 s, 12.4–15.0 s, 35–412 ms."""
+    known = [value for value in map(number, values) if value is not None] if isinstance(values, list | tuple) else []
+    longest = max(known, default=0.0)
+    unit, name, decimals = (1.0, "s", 1 if longest >= 10 else 2) if longest >= 1 else (1e-3, "ms", 1)
+    return between(values, lambda value: f"{value / unit:,.{decimals}f} {name}")
 
 
 def share(part: Any, total: Any) -> str:
@@ -248,7 +274,7 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
         ("", f"{whole(model.get('layers'))} layers, remat {at(plan, 'remat') or NOTHING}" if model else ""),
         ("step", ", ".join(part for part in batch if part)),
         ("run", run),
-        ("overrides", " ".join(map(str, at(plan, "overrides") or []))),
+        ("overrides", " ".join(strings(at(plan, "overrides")))),
     ]
     if not rows[4][1] or not model:
         rows.pop(4)
@@ -259,7 +285,7 @@ def mesh_text(mesh: Any) -> str:
     """The axes that are more than one device long: "data 4 × fsdp 16"."""
     if not isinstance(mesh, dict):
         return ""
-    return " × ".join(f"{axis} {n}" for axis, n in mesh.items() if n != 1) or "one device"
+    return " × ".join(f"{axis} {n}" for axis, n in mesh.items() if n not in (1, None)) or "one device"
 
 
 def networks_text(plan: Plan) -> str:
@@ -371,13 +397,7 @@ def scaled(value: Any, unit: float, decimals: int = 2) -> str:
 
 def joined(names: Any) -> str:
     """The axes of a collective."""
-    return (
-        " × ".join(map(str, names))
-        if isinstance(names, list | tuple) and names
-        else NOTHING
-        if not names
-        else str(names)
-    )
+    return " × ".join(strings(names)) or NOTHING
 
 
 def select(rows: Sequence[Any], n: int) -> tuple[list[Any], list[Any]]:

@@ -10,7 +10,7 @@ from maxlm.evaluation.report import count, duration, number
 from maxlm.files import write_atomically
 from maxlm.planning import figures, tables
 from maxlm.planning.bars import Bar, Segment, bars
-from maxlm.planning.figures import MEMORY_KINDS, Grid, Plan, at, entries, resource_name, size, time
+from maxlm.planning.figures import MEMORY_KINDS, Grid, Plan, at, between, entries, resource_name, size, step_range, time
 from maxlm.planning.page_style import STYLE
 
 COMPUTATION = (("compute", "compute"), ("kernels", "kernel"))
@@ -70,7 +70,7 @@ def _tiles(plan: Plan) -> str:
     budget = at(plan, "model", "token_budget")
     bound = resource_name(plan, prediction.get("bound"))
     tiles = [
-        ("step time", between(prediction.get("step_seconds"), _short_time), f"bound by {bound}" if bound else ""),
+        ("step time", step_range(prediction.get("step_seconds")), f"bound by {bound}" if bound else ""),
         ("tokens a second", between(prediction.get("tokens_per_second"), count), "all devices"),
         ("MFU", between(prediction.get("mfu"), lambda value: figures.share(value, 1)), "model FLOPs over peak"),
         ("time", between(prediction.get("days"), _days), f"for {count(budget)} tokens" if number(budget) else ""),
@@ -84,19 +84,6 @@ def _tiles(plan: Plan) -> str:
     return f"<dl class='tiles'>{cells}</dl>"
 
 
-def between(values: Any, shown: Any) -> str:
-    """A range, from the smaller: 2.85–3.16 s; the unit once where it is one."""
-    if not isinstance(values, list | tuple) or len(values) != 2 or None in map(number, values):
-        return figures.NOTHING
-    low, high = (shown(value) for value in sorted(values))
-    if low == high:
-        return low
-    unit = high.lstrip("0123456789.,")
-    if unit and low.lstrip("0123456789.,") == unit:
-        low = low.removesuffix(unit)
-    return f"{low}–{high}"
-
-
 def _days(value: Any) -> str:
     days = number(value)
     if days is None:
@@ -104,13 +91,6 @@ def _days(value: Any) -> str:
     if days >= 1000:
         return f"{days / 365.25:,.1f} years"
     return f"{days:,.0f} days" if days >= 100 else f"{days:.1f} days" if days >= 2 else duration(days * 86400)
-
-
-def _short_time(value: Any) -> str:
-    seconds = number(value)
-    return (
-        time(value) if seconds is None or seconds < 1 else f"{seconds:,.1f} s" if seconds >= 10 else f"{seconds:.2f} s"
-    )
 
 
 def _notes(plan: Plan) -> str:
@@ -235,7 +215,7 @@ def _step(plan: Plan) -> str:
         if isinstance(values, list | tuple) and len(values) == 2 and None not in map(number, values):
             best, worst = sorted(values)
             more = Segment("up to no overlap", worst - best, "maybe", time(worst))
-            rows.append(Bar(label, [Segment("full overlap", best, "rest", time(best)), more], between(values, time)))
+            rows.append(Bar(label, [Segment("full overlap", best, "rest", time(best)), more], step_range(values)))
     if not rows:
         return ""
     keys = list({segment.color: (segment.name, segment.color) for row in rows for segment in row.segments}.values())

@@ -22,7 +22,7 @@ STYLE = (
   }
 }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(148px, 1fr)); }
-.tile dd { font-size: 19px; }
+.tile { padding: 12px; } .tile dd { font-size: 18px; }
 .verdict { font-size: 18px; font-weight: 600; margin-top: 14px; }
 .verdict.good { color: var(--good); } .verdict.bad { color: var(--bad); }
 .note.warning { border-color: var(--bad); color: var(--ink); }
@@ -41,7 +41,9 @@ STYLE = (
 .bar { fill: var(--fill); stroke: var(--card); stroke-width: 1; }
 .limit { stroke: var(--bad); stroke-width: 2; } .beyond { fill: var(--beyond); }
 svg .over { fill: var(--bad); font-weight: 600; }
-svg .name, svg .value { font-size: 12px; fill: var(--ink); } svg .inside { fill: var(--inside); pointer-events: none; }
+svg .name, svg .value { font-size: 12px; fill: var(--ink); }
+svg .value { paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
+svg .inside { fill: var(--inside); pointer-events: none; }
 svg .inside.maybe { fill: var(--ink); }
 .scroll { overflow-x: auto; margin-top: 10px; } .scroll svg { min-width: 640px; }
 .figures { font-size: 13.5px; }

@@ -17,7 +17,7 @@ WIDTH = 120
 """Columns where the output is not a terminal; lines of a terminal are as wide as it is."""
 
 LEAST_FOR_TWO = 96
-CONSOLE_COLLECTIVES = 10
+CONSOLE_COLLECTIVES = 8
 RESOURCE_STYLES = {"compute": "green", "HBM": "yellow", "ICI": "blue", "DCN": "magenta"}
 
 
@@ -67,7 +67,7 @@ def show_search(result: Any) -> RenderableType:
         (f"  {where}, {figures.size(found.get('capacity_bytes'))} each", "dim"),
     )
     best = found.get("best")
-    grid = tables.ranking(found)
+    grid = tables.ranking(found).without("roofline")
     words = "Nothing that was planned fits."
     if isinstance(best, dict):
         words = f"The fastest that fits: {best.get('label') or figures.mesh_text(best.get('mesh'))}"
@@ -75,7 +75,8 @@ def show_search(result: Any) -> RenderableType:
     if isinstance(best, dict) and isinstance(best.get("changes"), dict) and best["changes"]:
         changed = " ".join(f"{name}={_value(value)}" for name, value in best["changes"].items())
         parts.append(_text((f"Add to the command: {changed}", "")))
-    return Group(*parts, _text(), *_grid(grid))
+    failed = [_text((line, "dim")) for line in tables.failures(found)]
+    return Group(*parts, _text(), *_grid(grid), *failed)
 
 
 def _value(value: Any) -> str:

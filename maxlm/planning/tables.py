@@ -10,6 +10,7 @@ from maxlm.planning.figures import (
     Grid,
     Plan,
     at,
+    between,
     capacity,
     entries,
     flops,
@@ -26,6 +27,8 @@ from maxlm.planning.figures import (
     select,
     share,
     size,
+    step_range,
+    strings,
     time,
     two,
     unit_of,
@@ -108,7 +111,7 @@ def collectives(plan: Plan, most: int = 12) -> Grid:
     found = entries(plan, "compiled", "collectives")
     for each in found:
         key = (
-            each.get("kind"),
+            str(each.get("kind") or NOTHING),
             joined(each.get("axes")),
             each.get("network"),
             each.get("in_loop"),
@@ -119,11 +122,11 @@ def collectives(plan: Plan, most: int = 12) -> Grid:
         (key, _sum(group, "times"), _sum(group, "bytes_per_step"), _sum(group, "seconds"))
         for key, group in alike.items()
     ]
-    sums.sort(key=lambda row: (-(row[2] or 0), -(row[3] or 0), str(row[0])))
+    sums.sort(key=lambda row: (-(row[2] or 0), -(row[3] or 0), row[0][:2]))
     unit, name, decimals = seconds_unit(row[3] for row in sums)
     shown, rest = select(sums, most)
     rows = [
-        (str(kind), axes, network_name(plan, network), _yes(in_loop), _yes(hidden), whole(times), moved(n_bytes),
+        (kind, axes, network_name(plan, network), _yes(in_loop), _yes(hidden), whole(times), moved(n_bytes),
          scaled(seconds, unit, decimals))
         for (kind, axes, network, in_loop, hidden), times, n_bytes, seconds in shown
     ]  # fmt: skip
@@ -205,7 +208,7 @@ def cycles(plan: Plan) -> Grid:
     if total is not None:
         everything = (seconds or 0) + (_sum(kernels, "seconds_estimate") or 0) or None
         rows.append(("all", scaled(total, 1e6, 1), share(total, total), scaled(everything, unit, decimals)))
-    note = "Kernels carry no cycles: their time is an estimate." if kernels and total is not None else ""
+    note = ""
     if at(plan, "compiled") is not None and total is None:
         note = (
             "This compiler estimates no cycles: times are the roofline's." if is_gpu(plan) else "No cycles were found."
@@ -252,7 +255,7 @@ def relief(plan: Plan) -> Grid:
             size(each.get("required_bytes")),
             "fits" if each.get("fits") is True else "too large" if each.get("fits") is False else NOTHING,
             {"compiled": "compiling it", "estimated": "estimate"}.get(str(each.get("how")), NOTHING),
-            " ".join(map(str, each.get("change") or [])),
+            " ".join(strings(each.get("change"))),
         )
         for i, each in enumerate(found, 1)
     ]
@@ -260,7 +263,7 @@ def relief(plan: Plan) -> Grid:
     best = next((each for each in fitting if each.get("how") == "compiled"), fitting[0] if fitting else None)
     note = ""
     if best is not None:
-        note = f"Add to the command: {' '.join(map(str, best['change']))}"
+        note = f"Add to the command: {' '.join(strings(best['change']))}"
     elif found:
         note = "Nothing that was tried fits: take more or larger devices, or a smaller model."
     columns = ("tried", "to free memory", "saves", "needs", "", "known by", "overrides")
@@ -271,7 +274,7 @@ def options(plan: Plan) -> list[tuple[str, str]]:
     """What the figures can be had again with: versions, the program's hash, the compiler's options."""
     compiled = at(plan, "compiled") or {}
     versions = ", ".join(f"{name} {text}" for name, text in (at(plan, "versions") or {}).items() if text)
-    maxlm = at(plan, "maxlm")
+    maxlm, options = at(plan, "maxlm"), compiled.get("options") or {}
     rows = [
         ("versions", ", ".join(part for part in (f"maxlm {maxlm}" if maxlm else "", versions) if part)),
         ("program", str(compiled.get("program_sha256") or "")),
@@ -279,8 +282,8 @@ def options(plan: Plan) -> list[tuple[str, str]]:
         ("compiled in", time(compiled.get("compile_seconds")) if compiled.get("compile_seconds") else ""),
         ("CPU time", time(compiled.get("cpu_seconds")) if compiled.get("cpu_seconds") else ""),
         ("peak of the process", size(compiled.get("peak_rss_bytes")) if compiled.get("peak_rss_bytes") else ""),
-        ("options", " ".join(f"{name}={value}" for name, value in (compiled.get("options") or {}).items())),
-        ("figures from", "; ".join(map(str, at(plan, "topology", "sources") or []))),
+        ("options", " ".join(f"{name}={value}" for name, value in options.items() if value is not None)),
+        ("figures from", "; ".join(strings(at(plan, "topology", "sources")))),
     ]
     return [(name, text) for name, text in rows if text]
 
@@ -290,31 +293,38 @@ def ranking(result: dict[str, Any]) -> Grid:
     rows = [
         (
             str(each.get("rank") or NOTHING),
-            mesh_text(each.get("mesh"))
-            + (f", zero {each['zero']}" if each.get("zero") else "")
-            + (" (as given)" if each.get("own") else ""),
+            mesh_text(each.get("mesh")) + (f", zero {each['zero']}" if each.get("zero") else ""),
             str(each.get("remat") or NOTHING),
             whole(each.get("accumulation")),
             size(each.get("required_bytes")),
-            " to ".join(two(each.get("step_seconds"), time)),
-            two(each.get("mfu"), lambda value: share(value, 1))[0],
-            " to ".join(two(at(each, "roofline", "step_seconds"), time)),
+            step_range(each.get("step_seconds")),
+            between(each.get("mfu"), lambda value: share(value, 1)),
+            str(each.get("bound") or NOTHING),
+            step_range(at(each, "roofline", "step_seconds")),
             _outcome(each, result.get("capacity_bytes")),
         )
         for each in entries(result, "ranking")
     ]
-    columns = ("rank", "mesh", "remat", "microbatches", "memory", "step time", "MFU at best", "roofline", "outcome")
-    return Grid("Ranking", columns, "rllrrrrrl", rows, left_out(result))
+    columns = ("", "mesh", "remat", "batches", "memory", "step time", "MFU", "bound", "roofline", "outcome")
+    return Grid("Ranking", columns, "rllrrrrlrl", rows, left_out(result))
 
 
 def _outcome(row: dict[str, Any], have: Any) -> str:
-    if row.get("failed"):
-        return f"not planned: {row['failed']}"
-    if row.get("fits"):
-        by = "time by the roofline" if row.get("basis") == "roofline" else "time by the compiler"
-        return by + (f", bound by {row['bound']}" if row.get("bound") else "")
+    """One or two words: how its time is known, or by how much it does not fit."""
     need, have = number(row.get("required_bytes")), number(have)
-    return "does not fit" + (f": {size(need - have)} over" if need is not None and have is not None else "")
+    if row.get("failed"):
+        word = "failed"
+    elif row.get("fits"):
+        word = "fits"
+    else:
+        word = "does not fit" if need is None or have is None else f"{size(need - have)} over"
+    return word + (", as given" if row.get("own") else "")
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """Why those plans failed that failed otherwise than by their size."""
+    failed = [each for each in entries(result, "ranking") if each.get("failed")]
+    return [f"{each.get('label') or mesh_text(each.get('mesh'))}: {each['failed']}" for each in failed]
 
 
 def left_out(result: dict[str, Any]) -> str:

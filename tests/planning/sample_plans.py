@@ -1,0 +1,100 @@
+"""Plans to show: one of each kind, in the form that `maxlm plan --json` prints."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "plans"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+GIB = 2**30
+
+
+def load(name: str) -> dict[str, Any]:
+    """A plan of its own, to be changed at will."""
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def with_holes(*, missing: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A plan that was compiled and yet ran out, for every key in it once with that key null, or missing, everywhere."""
+    plan = {**load("two-slices"), "out_of_memory": load("out-of-memory")["out_of_memory"]}
+    for name in sorted(set(keys(plan))):
+        yield name, without(plan, name, missing)
+
+
+def keys(value: Any) -> Iterator[str]:
+    """Every key inside."""
+    if isinstance(value, dict):
+        yield from value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from keys(inner)
+
+
+def without(value: Any, name: str, missing: bool) -> Any:
+    """`value` with what stands under `name` null, or missing, wherever it stands."""
+    if isinstance(value, list):
+        return [without(inner, name, missing) for inner in value]
+    if isinstance(value, dict):
+        kept = {key: without(inner, name, missing) for key, inner in value.items() if key != name}
+        return kept if missing or name not in value else {**kept, name: None}
+    return value
+
+
+def expected(plan: dict[str, Any]) -> list[str]:
+    """What must be read on any picture of a plan, from its raw figures."""
+    topology, model, prediction = plan["topology"], plan["model"], plan["prediction"]
+    mesh = " × ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1)
+    words = [
+        plan["config"],
+        topology["name"],
+        f"{topology['accelerator']}: {topology['chips']} chips, {topology['hosts']} hosts",
+        mesh,
+        f"{model['parameters']['total'] / 1e9:.2f}B parameters",
+        f"{model['parameters']['non_embedding'] / 1e9:.2f}B without embeddings",
+        f"{model['layers']} layers, remat {plan['remat']}",
+        f"{model['tokens_per_step']:,} tokens ({model['tokens_per_device']:,} a device)",
+        f"{model['model_flops_per_step'] / 1e15:,.1f} PFLOP",
+        f"{model['token_budget'] / 1e12:.3g}T tokens in {model['steps']:,} steps",
+        *(f"{rate:,.0f}" for rate in prediction["tokens_per_second"]),
+        *(f"{100 * mfu:.1f}%" for mfu in prediction["mfu"]),
+        *(f"{days:,.1f}" for days in prediction["days"]),
+        *(f"{hours:,.0f}" for hours in prediction["chip_hours"]),
+        prediction["note"],
+    ]
+    for seconds in [*prediction["step_seconds"], *plan["analytic"]["step_seconds"]]:
+        words.append(f"{seconds:.3f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms")
+    for part in plan["analytic"]["parts"]:
+        words += [part["name"]]
+        for key in ("compute_seconds", "hbm_seconds", "ici_seconds", "dcn_seconds"):
+            words += [f"{part[key] * 1e3:,.1f}"] if part[key] else []
+    words += [f"{n_bytes / GIB:,.2f}" for n_bytes in plan["analytic"]["memory"].values()]
+    return words + (compiled(plan["compiled"]) if plan["compiled"] else []) + ran_out(plan["out_of_memory"])
+
+
+def compiled(found: dict[str, Any]) -> list[str]:
+    words = [f"{n_bytes / GIB:,.2f}" for n_bytes in found["memory_by_kind"].values()]
+    words += [f"{found['memory'][name] / GIB:,.2f} GiB" for name in ("argument", "temp", "peak", "required")]
+    words += [f"compiled in {found['compile_seconds']:.1f} s"]
+    for buffer in found["largest_buffers"]:
+        words += [f"{buffer['bytes'] / GIB:,.2f} GiB", buffer["shape"], buffer["source"] or "–"]
+    for each in found["collectives"]:
+        words += [each["kind"], " × ".join(each["axes"])]
+    words += [f"{sum(each['times'] for each in found['collectives']):,}"]
+    words += [f"{sum(each['bytes_per_step'] for each in found['collectives']) / 1e9:.2f} GB"]
+    if found["cycles"]:
+        words += [f"{found['cycles']['total'] / 1e6:,.1f}"]
+        for part, cycles in found["cycles"]["by_part"].items():
+            words += [part, f"{cycles / 1e6:,.1f}", f"{100 * cycles / found['cycles']['total']:.1f}%"]
+    for kernel in found["kernels"]:
+        words += [f"{kernel['name']} × {kernel['times']}", f"{kernel['seconds_estimate'] * 1e3:.1f}"]
+    return words
+
+
+def ran_out(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    words = [f"{found[name] / GIB:,.2f}" for name in ("used", "capacity", "over")]
+    words += [f"{buffer['bytes'] / GIB:,.2f} GiB" for buffer in found["buffers"]]
+    for each in found["relief"]:
+        words += [each["label"], f"{each['saves_bytes'] / GIB:,.2f} GiB", f"{each['required_bytes'] / GIB:,.2f} GiB"]
+    return words
