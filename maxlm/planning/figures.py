@@ -21,7 +21,7 @@ BASES = {
     "roofline": "the roofline",
 }
 NOTHING = "–"
-INSTALL = {"tpu": "uv pip install 'maxlm[tpu]'", "gpu": "uv pip install 'maxlm[cuda12]'"}
+INSTALL = {"tpu": "pip install 'maxlm[tpu]'", "gpu": "pip install 'maxlm[cuda12]'"}
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def title(plan: Plan) -> tuple[str, str]:
     slices = topology.get("slices")
     times = f"{slices} x " if isinstance(slices, int) and slices > 1 else ""
     name = f"{at(plan, 'config') or 'a config'} on {times}{topology.get('name') or 'no topology'}"
-    return name, f"{topology.get('accelerator') or topology.get('chip') or NOTHING}: {where}"
+    return name, f"{times}{topology.get('accelerator') or topology.get('chip') or NOTHING}: {where}"
 
 
 def counted(value: Any, noun: str) -> str:
@@ -318,9 +318,8 @@ def compiler_name(plan: Plan) -> str:
     """The compiler, with its version where the plan has it."""
     compiler = at(plan, "compiled", "compiler")
     name = {"libtpu": "libtpu", "xla-cuda": "XLA's CUDA compiler"}.get(str(compiler), str(compiler or ""))
-    version = next(
-        (text for key, text in (at(plan, "versions") or {}).items() if key in ("libtpu", "cuda plugin")), None
-    )
+    # The versions are jax's and the compiler's, under its package's name.
+    version = next((text for key, text in (at(plan, "versions") or {}).items() if key != "jax"), None)
     return f"{name} {version}" if name and version else name
 
 

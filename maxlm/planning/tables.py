@@ -282,7 +282,7 @@ def options(plan: Plan) -> list[tuple[str, str]]:
         ("compiled in", time(compiled.get("compile_seconds")) if compiled.get("compile_seconds") else ""),
         ("CPU time", time(compiled.get("cpu_seconds")) if compiled.get("cpu_seconds") else ""),
         ("peak of the process", size(compiled.get("peak_rss_bytes")) if compiled.get("peak_rss_bytes") else ""),
-        ("options", " ".join(f"{name}={value}" for name, value in options.items() if value is not None)),
+        ("options", " ".join(f"{name}={str(value).lower()}" for name, value in options.items() if value is not None)),
         ("figures from", "; ".join(strings(at(plan, "topology", "sources")))),
     ]
     return [(name, text) for name, text in rows if text]
