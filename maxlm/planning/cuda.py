@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import importlib.metadata
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from maxlm.errors import ConfigError
 from maxlm.planning.topology import Topology
-
-if TYPE_CHECKING:
-    import jax
 
 KIB = 2**10
 LINKS = 18
@@ -156,7 +153,7 @@ def target_config(topology: Topology) -> str:
     )
 
 
-def cuda_topology_devices(topology: Topology) -> list[jax.Device]:
+def cuda_topology_devices(topology: Topology) -> list[Any]:
     """The GPUs of a cluster that is not here, host by host, for `jax.jit(...).lower(...).compile()` to compile for.
 
     Needs the `cuda12` extra, but no GPU. Where JAX has not chosen its platforms yet it is given the CPU alone: with a
