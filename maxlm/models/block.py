@@ -60,7 +60,7 @@ def remat_policy(remat: RematConfig) -> Callable[..., bool]:
     keep = {
         "none": policies.everything_saveable,
         "full": policies.nothing_saveable,
-        "dots": policies.dots_with_no_batch_dims_saveable,
+        "dots": _is_product,
         "names": policies.save_only_these_names(*remat.names),
     }[remat.policy]
     batch_axes = set(ACTIVATIONS["batch"])
@@ -73,6 +73,12 @@ def remat_policy(remat: RematConfig) -> Callable[..., bool]:
         return keep(primitive, *inputs, **params)
 
     return policy
+
+
+def _is_product(primitive: Any, *inputs: Any, **params: Any) -> bool:
+    """Whether it is a product of `layers.project`, whose own backward hides the dot in it from JAX's policies."""
+    jaxpr = params.get("call_jaxpr")
+    return primitive.name == "custom_vjp_call" and any(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
 
 
 def _axes_in(spec: jax.sharding.PartitionSpec) -> set[str]:
