@@ -271,7 +271,7 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
         ("mesh", mesh_text(at(plan, "mesh"))),
         ("networks", networks_text(plan)),
         ("model", f"{count(parameters.get('total'))} parameters" + (f" ({', '.join(split)})" if split else "")),
-        ("", f"{whole(model.get('layers'))} layers, remat {at(plan, 'remat') or NOTHING}" if model else ""),
+        ("", f"{whole(model.get('layers'))} layers, remat {remat_text(plan) or NOTHING}" if model else ""),
         ("step", ", ".join(part for part in batch if part)),
         ("run", run),
         ("overrides", " ".join(strings(at(plan, "overrides")))),
@@ -279,6 +279,14 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
     if not rows[4][1] or not model:
         rows.pop(4)
     return [(name, text) for name, text in rows if text]
+
+
+def remat_text(plan: Plan) -> str:
+    """The policy in words: `full`, or what is kept: `keeping q, k, v`."""
+    remat = at(plan, "remat")
+    names = strings(at(remat, "names"))
+    policy = at(remat, "policy") if isinstance(remat, dict) else remat
+    return f"keeping {', '.join(names)}" if names else str(policy or "")
 
 
 def mesh_text(mesh: Any) -> str:

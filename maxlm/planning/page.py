@@ -55,7 +55,7 @@ def page(plan: Plan) -> str:
 def _header(plan: Plan, name: str, where: str) -> str:
     fits, sentence = figures.verdict(plan)
     facts = [where, f"mesh {figures.mesh_text(at(plan, 'mesh'))}" if at(plan, "mesh") else ""]
-    remat = at(plan, "remat")
+    remat = figures.remat_text(plan)
     facts.append(f"remat {remat}" if remat else "")
     joined = " <i>·</i> ".join(escape(fact) for fact in facts if fact)
     kind = {True: " good", False: " bad", None: ""}[fits]
@@ -140,7 +140,7 @@ def _memory(plan: Plan) -> str:
     grid = tables.memory(plan)
     rows = [
         _stack("compiler", at(plan, "compiled", "memory_by_kind"), at(plan, "compiled", "memory", "required")),
-        _stack("compiler, ran out", None, at(plan, "out_of_memory", "used")),
+        None if at(plan, "compiled") else _stack("compiler, ran out", None, at(plan, "out_of_memory", "used")),
         _stack("roofline", at(plan, "analytic", "memory"), at(plan, "analytic", "memory", "total")),
     ]
     drawn = [row for row in rows if row is not None]
@@ -261,9 +261,8 @@ def _cycles(plan: Plan) -> str:
     by_part = at(plan, "compiled", "cycles", "by_part") or {}
     spent = {name: (number(n) or 0.0) / total * seconds for name, n in by_part.items()} if total and seconds else {}
     rows = [_one(name, value, "compute", time) for name, value in sorted(spent.items(), key=lambda item: -item[1])]
-    for kernel in entries(plan, "compiled", "kernels"):
-        estimate = number(kernel.get("seconds_estimate"))
-        rows += [_one(str(kernel.get("name") or "kernel"), estimate, "kernels", time)] if estimate else []
+    estimate = number(at(plan, "prediction", "kernel_seconds"))
+    rows += [_one("kernels", estimate, "kernels", time)] if estimate and rows else []
     svg = _seconds(rows, "The compiler's cycles as time by part; the table below has the figures") if rows else ""
     keys = _keys([("by cycles", "compute"), ("kernels, estimated", "kernels")])
     return _card("Compiler's cycles by part", "loops times their trip counts", keys, svg, _table(grid))

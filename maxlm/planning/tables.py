@@ -186,8 +186,8 @@ def cycles(plan: Plan) -> Grid:
     """The compiler's cycles by part of the step, and the kernels, which carry none."""
     found = at(plan, "compiled", "cycles") or {}
     total, seconds = number(found.get("total")), number(found.get("seconds"))
-    kernels = entries(plan, "compiled", "kernels")
-    unit, name, decimals = seconds_unit([seconds, *(kernel.get("seconds_estimate") for kernel in kernels)])
+    estimate = number(at(plan, "prediction", "kernel_seconds")) if total is not None else None
+    unit, name, decimals = seconds_unit([seconds, estimate])
 
     def row(part: str, value: Any) -> tuple[str, ...]:
         spent = number(value)
@@ -196,26 +196,34 @@ def cycles(plan: Plan) -> Grid:
 
     by_part = at(found, "by_part") or {}
     rows = [row(part, value) for part, value in sorted(by_part.items(), key=lambda item: -(number(item[1]) or 0))]
-    rows += [
-        (
-            f"{kernel.get('name') or 'kernel'} × {whole(kernel.get('times'))}",
-            NOTHING,
-            NOTHING,
-            scaled(kernel.get("seconds_estimate"), unit, decimals),
-        )
-        for kernel in kernels
-    ]
+    if estimate:
+        rows.append(("kernels, estimated", NOTHING, NOTHING, scaled(estimate, unit, decimals)))
     if total is not None:
-        everything = (seconds or 0) + (_sum(kernels, "seconds_estimate") or 0) or None
+        everything = (seconds or 0) + (estimate or 0) or None
         rows.append(("all", scaled(total, 1e6, 1), share(total, total), scaled(everything, unit, decimals)))
-    note = ""
-    if at(plan, "compiled") is not None and total is None:
-        note = (
+    columns = ("part of the step", "Mcycles", "share", name)
+    return Grid("Compiler's cycles", columns, "lrrr", rows, _cycles_note(plan), int(total is not None))
+
+
+def _cycles_note(plan: Plan) -> str:
+    """How much is in loops, which kernels there are, and what is not known."""
+    if at(plan, "compiled") is None:
+        return ""
+    found = at(plan, "compiled", "cycles") or {}
+    lines = []
+    if number(found.get("total")) is None:
+        lines.append(
             "This compiler estimates no cycles: times are the roofline's." if is_gpu(plan) else "No cycles were found."
         )
-    return Grid(
-        "Compiler's cycles", ("part of the step", "Mcycles", "share", name), "lrrr", rows, note, int(total is not None)
-    )
+    elif number(found.get("in_loops")) is not None:
+        lines.append(f"{share(found['in_loops'], found['total'])} of the cycles are in loops.")
+    times: dict[str, float] = {}
+    for kernel in entries(plan, "compiled", "kernels"):
+        name = str(kernel.get("name") or "unnamed")
+        times[name] = times.get(name, 0) + (number(kernel.get("times")) or 0)
+    if times:
+        lines.append(f"Kernels: {', '.join(f'{name} × {whole(n)}' for name, n in times.items())}.")
+    return " ".join(lines)
 
 
 PART_SECONDS = (("compute", "compute_seconds"), ("HBM", "hbm_seconds"), ("ICI", "ici_seconds"), ("DCN", "dcn_seconds"))
@@ -274,7 +282,7 @@ def options(plan: Plan) -> list[tuple[str, str]]:
     """What the figures can be had again with: versions, the program's hash, the compiler's options."""
     compiled = at(plan, "compiled") or {}
     versions = ", ".join(f"{name} {text}" for name, text in (at(plan, "versions") or {}).items() if text)
-    maxlm, options = at(plan, "maxlm"), compiled.get("options") or {}
+    maxlm, options, loops = at(plan, "maxlm"), compiled.get("options") or {}, entries(compiled, "loops")
     rows = [
         ("versions", ", ".join(part for part in (f"maxlm {maxlm}" if maxlm else "", versions) if part)),
         ("program", str(compiled.get("program_sha256") or "")),
@@ -282,6 +290,7 @@ def options(plan: Plan) -> list[tuple[str, str]]:
         ("compiled in", time(compiled.get("compile_seconds")) if compiled.get("compile_seconds") else ""),
         ("CPU time", time(compiled.get("cpu_seconds")) if compiled.get("cpu_seconds") else ""),
         ("peak of the process", size(compiled.get("peak_rss_bytes")) if compiled.get("peak_rss_bytes") else ""),
+        ("loops", ", ".join(f"{short(loop.get('what'))} × {whole(loop.get('trips'))}" for loop in loops)),
         ("options", " ".join(f"{name}={str(value).lower()}" for name, value in options.items() if value is not None)),
         ("figures from", "; ".join(strings(at(plan, "topology", "sources")))),
     ]

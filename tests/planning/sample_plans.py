@@ -51,7 +51,7 @@ def expected(plan: dict[str, Any]) -> list[str]:
         mesh,
         f"{model['parameters']['total'] / 1e9:.2f}B parameters",
         f"{model['parameters']['non_embedding'] / 1e9:.2f}B without embeddings",
-        f"{model['layers']} layers, remat {plan['remat']}",
+        f"{model['layers']} layers, remat {plan['remat']['policy']}",
         f"{model['tokens_per_step']:,} tokens ({model['tokens_per_device']:,} a device)",
         f"{model['model_flops_per_step'] / 1e15:,.1f} PFLOP",
         f"{model['token_budget'] / 1e12:.3g}T tokens in {model['steps']:,} steps",
@@ -85,8 +85,8 @@ def compiled(found: dict[str, Any]) -> list[str]:
         words += [f"{found['cycles']['total'] / 1e6:,.1f}"]
         for part, cycles in found["cycles"]["by_part"].items():
             words += [part, f"{cycles / 1e6:,.1f}", f"{100 * cycles / found['cycles']['total']:.1f}%"]
-    for kernel in found["kernels"]:
-        words += [f"{kernel['name']} × {kernel['times']}", f"{kernel['seconds_estimate'] * 1e3:.1f}"]
+        words += [f"{100 * found['cycles']['in_loops'] / found['cycles']['total']:.1f}% of the cycles are in loops"]
+    words += [f"{kernel['name']} × {kernel['times']}" for kernel in found["kernels"]]
     return words
 
 
