@@ -91,7 +91,7 @@ def buffers(plan: Plan) -> Grid:
             str(each.get("kind") or NOTHING),
             str(each.get("shape") or NOTHING),
             str(each.get("source") or NOTHING),
-            short(each.get("what")),
+            operation(each.get("what")),
         )
         for each in found[:10]
     ]
@@ -99,10 +99,14 @@ def buffers(plan: Plan) -> Grid:
     return Grid(title, ("size", "kind", "shape", "made at", "by"), "rllll", rows, gives_way="by")
 
 
-def short(what: Any) -> str:
-    """An operation's name without what every name starts with: its last two parts."""
-    parts = [part for part in str(what or "").split("/") if part]
-    return "/".join(parts[-2:]) or NOTHING
+def operation(what: Any) -> str:
+    """What an operation is, from the name that JAX gave it: "backward: dot_general"; other names as they are."""
+    text = str(what or "")
+    names = [name for name in text.split("/") if name and name != "pallas_call"]
+    if len(names) < 2:
+        return text or NOTHING
+    passes = (("rematted_computation", "recomputed: "), ("transpose(", "backward: "), ("jvp(", "forward: "))
+    return next((words for mark, words in passes if mark in text), "") + names[-1]
 
 
 def collectives(plan: Plan, most: int = 12) -> Grid:
@@ -166,6 +170,7 @@ def every_collective(plan: Plan, most: int = 60) -> Grid:
         (
             str(each.get("kind") or NOTHING),
             joined(each.get("axes")),
+            str(each.get("part") or NOTHING),
             _yes(each.get("in_loop")),
             _yes(each.get("overlapped")),
             moved(each.get("bytes")),
@@ -173,13 +178,25 @@ def every_collective(plan: Plan, most: int = 60) -> Grid:
             moved(each.get("bytes_per_step")),
             time(each.get("seconds")),
             str(each.get("source") or NOTHING),
-            short(each.get("what")),
+            operation(each.get("what")),
         )
         for each in found[:most]
     ]
     note = f"The {most} largest of {len(found):,}." if len(found) > most else ""
-    columns = ("collective", "axes", "in loop", "overlapped", "bytes", "times", "bytes a step", "time", "made at", "by")
-    return Grid("Every collective", columns, "llllrrrrll", rows, note)
+    columns = (
+        "collective",
+        "axes",
+        "part",
+        "in loop",
+        "overlapped",
+        "bytes",
+        "times",
+        "a step",
+        "time",
+        "made at",
+        "by",
+    )
+    return Grid("Every collective", columns, "lllllrrrrll", rows, note)
 
 
 def cycles(plan: Plan) -> Grid:
@@ -290,7 +307,7 @@ def options(plan: Plan) -> list[tuple[str, str]]:
         ("compiled in", time(compiled.get("compile_seconds")) if compiled.get("compile_seconds") else ""),
         ("CPU time", time(compiled.get("cpu_seconds")) if compiled.get("cpu_seconds") else ""),
         ("peak of the process", size(compiled.get("peak_rss_bytes")) if compiled.get("peak_rss_bytes") else ""),
-        ("loops", ", ".join(f"{short(loop.get('what'))} × {whole(loop.get('trips'))}" for loop in loops)),
+        ("loops", ", ".join(f"{operation(loop.get('what'))} × {whole(loop.get('trips'))}" for loop in loops)),
         ("options", " ".join(f"{name}={str(value).lower()}" for name, value in options.items() if value is not None)),
         ("figures from", "; ".join(strings(at(plan, "topology", "sources")))),
     ]

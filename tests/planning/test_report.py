@@ -12,9 +12,9 @@ from tests.planning.sample_plans import GIB, NAMES, expected, load, with_holes
 
 
 def printed(renderable, width: int = 120) -> str:
-    console = Console(file=io.StringIO(), width=width, markup=False, emoji=False, highlight=False)
-    console.print(renderable)
-    return console.file.getvalue()
+    text = io.StringIO()
+    Console(file=text, width=width, markup=False, emoji=False, highlight=False).print(renderable)
+    return text.getvalue()
 
 
 def words_of(text: str) -> str:
@@ -239,6 +239,12 @@ def test_a_search_is_a_ranking_with_what_was_left_out_and_why():
         (figures.step_range([1, None]), "–"),
         (figures.between([613_202, 1_127_501], figures.count), "613k–1.13M"),
         (figures.share(1, 0), "–"),
+        (tables.operation("jit(f)/transpose(jvp())/while/body/checkpoint/dot_general"), "backward: dot_general"),
+        (tables.operation("jit(f)/transpose(jvp())/while/rematted_computation/add"), "recomputed: add"),
+        (tables.operation("jit(f)/jvp()/flash/pallas_call"), "forward: flash"),
+        (tables.operation("jit(f)/reduce_sum"), "reduce_sum"),
+        (tables.operation("state.optimizer.mu"), "state.optimizer.mu"),
+        (tables.operation(None), "–"),
     ],
 )
 def test_numbers_have_units_and_thousands(shown, words):
