@@ -178,7 +178,6 @@ def every_collective(plan: Plan, most: int = 60) -> Grid:
             moved(each.get("bytes_per_step")),
             time(each.get("seconds")),
             str(each.get("source") or NOTHING),
-            operation(each.get("what")),
         )
         for each in found[:most]
     ]
@@ -196,7 +195,7 @@ def every_collective(plan: Plan, most: int = 60) -> Grid:
         "made at",
         "by",
     )
-    return Grid("Every collective", columns, "lllllrrrrll", rows, note)
+    return Grid("Every collective", columns, "lllllrrrrl", rows, note)
 
 
 def cycles(plan: Plan) -> Grid:

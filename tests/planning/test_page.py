@@ -21,7 +21,7 @@ class Page(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.tags: list[str] = []
-        self.loads: list[str] = []
+        self.loads: list[str | None] = []
         self.texts: list[str] = []
         self.feed(html)
         assert self.open == []
