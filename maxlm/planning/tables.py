@@ -182,19 +182,7 @@ def every_collective(plan: Plan, most: int = 60) -> Grid:
         for each in found[:most]
     ]
     note = f"The {most} largest of {len(found):,}." if len(found) > most else ""
-    columns = (
-        "collective",
-        "axes",
-        "part",
-        "in loop",
-        "overlapped",
-        "bytes",
-        "times",
-        "a step",
-        "time",
-        "made at",
-        "by",
-    )
+    columns = ("collective", "axes", "part", "in loop", "overlapped", "bytes", "times", "a step", "time", "made at")
     return Grid("Every collective", columns, "lllllrrrrl", rows, note)
 
 
