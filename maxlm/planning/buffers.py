@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from maxlm.planning.census import origin, part_of
 from maxlm.planning.hlo import Computation, Instruction, Module
 from maxlm.planning.hlo_loops import branches
-from maxlm.planning.hlo_shape import DEVICE, Shape
+from maxlm.planning.hlo_shape import DEVICE, Shape, parse_shape
 
 KINDS = ("parameters", "optimizer", "gradients", "activations", "temporaries")
 
@@ -62,6 +62,84 @@ class Memory:
     def largest(self) -> list[Buffer]:
         """The ten largest."""
         return self.buffers[:10]
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """What a compiler said when a program did not fit. Bytes a device; None where the message does not say."""
+
+    used: int | None
+    capacity: int | None
+    over: int | None
+    buffers: list[Buffer]
+    """The largest, as the message lists them; empty where it lists none."""
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([\d.]+)\s*([KMGT]?)(?:i?B)?"
+_USED = (
+    rf"Used {_SIZE} of {_SIZE} \w+",
+    rf"total memory required for [\w ]+ \({_SIZE}\) exceeds available \w+ \({_SIZE}\)",
+)
+_OVER = rf"Exceeded \w+ capacity by {_SIZE}"
+_ASKED = r"Out of memory (?:while trying to allocate|allocating) (\d+) bytes"
+
+
+def parse_out_of_memory(message: str) -> OutOfMemory | None:
+    """Reads a compiler's or a runtime's complaint that memory does not suffice; None where it is another error.
+
+    libtpu lists its largest allocations unless the temporaries alone are too many. A GPU's compiler does not refuse a
+    program that is too large; there the message is of the allocation that failed when it ran.
+    """
+    if "ut of memory" not in message and "RESOURCE_EXHAUSTED" not in message:
+        return None
+    used = capacity = None
+    for form in _USED:
+        if match := re.search(form, message):
+            used, capacity = _bytes(match[1], match[2]), _bytes(match[3], match[4])
+            break
+    if used is None and (asked := re.search(_ASKED, message)):
+        used = int(asked[1])
+    over = re.search(_OVER, message)
+    excess = _bytes(over[1], over[2]) if over else None
+    if excess is None and used is not None and capacity is not None:
+        excess = used - capacity
+    return OutOfMemory(used, capacity, excess, list(_listed(message)))
+
+
+def _listed(message: str) -> Iterator[Buffer]:
+    """The numbered allocations of libtpu's message: size, operator with its source, shape, label, type."""
+    for block in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
+        block = block.split("\n\n\n")[0]
+        size = re.match(_SIZE, block)
+        if not size:
+            continue
+        shape = re.search(r"Shape: (\S+)", block)
+        plain = re.search(rf"Unpadded size: {_SIZE}", block)
+        name = re.search(r'op_name="((?:[^"\\]|\\.)*)"', block)
+        label = re.search(r"XLA label: %?([\w.\-]+)", block)
+        source = re.search(r'source_file="([^"]*)" source_line=(\d+)', block)
+        what = name[1].replace("\\'", "'") if name else label[1] if label else ""
+        bytes_ = _bytes(size[1], size[2])
+        yield Buffer(
+            bytes=bytes_,
+            logical_bytes=_bytes(plain[1], plain[2]) if plain else bytes_,
+            shape=str(parse_shape(shape[1])) if shape else "",
+            kind=_kind_by_name(what, block),
+            what=what,
+            source=f"maxlm/{source[1].rpartition('maxlm/')[2]}:{source[2]}" if source else "",
+        )
+
+
+def _kind_by_name(what: str, block: str) -> str:
+    """Of an allocation that is known by its name alone."""
+    if what.startswith("state") or "Allocation type: HLO parameter" in block or "Arguments" in block:
+        return "parameters" if ".params" in what else "optimizer" if "opt_state" in what else "activations"
+    return "temporaries"
+
+
+def _bytes(number: str, unit: str) -> int:
+    return round(float(number) * _UNITS[unit])
 
 
 def peak(module: Module) -> Memory:
@@ -131,15 +209,16 @@ class _Liveness:
         values = self._values(one)
         operands = [self._values(computation.by_name[name]) for name in one.operands if name in computation.by_name]
         opcode = one.opcode
+        together = [value for operand in operands for value in operand]
         if opcode == "get-tuple-element":
             elements = computation.operand(one).shape.elements or ()
             skip = sum(len(element.leaves) for element in elements[: one.tuple_index])
             self._unite(values, operands[0][skip:])
-        elif opcode in _RENAMES and operands:
-            self._unite(values, [value for operand in operands for value in operand])
+        elif opcode in _RENAMES:
+            self._unite(values, together)
         elif opcode.endswith("-start") and one.shape.elements:
-            taken = 1 if opcode == "copy-start" else 0  # (result, operand, context); others (operands, results, ...)
-            self._unite(values[taken:], [value for operand in operands for value in operand])
+            # (result, operand, context) of a copy, (operands, results, ...) of others
+            self._unite(values[1:] if opcode == "copy-start" else values, together)
         elif opcode.endswith(("-done", "-update")) and operands:
             self._join_end(computation, one, values, operands[0])
         elif opcode in ("while", "conditional", "call"):
@@ -148,11 +227,9 @@ class _Liveness:
             self._join_in_place(computation, one, values, operands)
 
     def _join_end(self, computation: Computation, one: Instruction, values: range, start: range) -> None:
-        """A `-done` gives out what its `-start` made: (operands, results, ...), or for a copy (result, operand, ...)."""
+        """What a `-done` gives out: of its `-start`'s (operands, results, ...), or a copy's (result, operand, ...)."""
         elements = computation.operand(one).shape.elements
-        if elements is None or len(values) == len(start):
-            self._unite(values, start)
-        elif one.opcode.startswith("copy"):
+        if elements is None or len(values) == len(start) or one.opcode.startswith("copy"):
             self._unite(values, start)
         else:
             self._unite(values, start[len(elements[0].leaves) :])

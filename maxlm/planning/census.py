@@ -95,6 +95,8 @@ class Census:
     kernels: list[Kernel]
     loops: list[tuple[str, int | None, int]]
     """(op_name, trip count or None where it could not be read, times that the loop is entered)."""
+    arguments: list[tuple[str, tuple[int, ...]]]
+    """(the program's name, sizes on a device) of what goes in."""
     n_unknown_cycles: int = 0
     """Instructions whose estimate is the compiler's "unknown": not in `cycles`."""
 
@@ -155,6 +157,7 @@ def census(module: Module, sizes: Mapping[str, int], device_order: Sequence[int]
             for run in runs
             if run.instruction.opcode == "while"
         ],
+        arguments=[(one.op_name, one.shape.dims) for one in module.entry.parameters],
         n_unknown_cycles=n_unknown,
     )
 
@@ -288,14 +291,10 @@ class _Collectives:
         one = run.instruction
         inner, start = one, one
         base = one.opcode.removesuffix("-start")
-        if one.opcode in ("async-start", *(f"{kind}-start" for kind in COLLECTIVES)) and one.called_as("calls"):
-            wrapped = self._inside(one)
-            if not wrapped:
-                return None
-            inner = wrapped[0]
-            base = inner.opcode
-        if base not in COLLECTIVES or one.opcode.endswith("-done"):
+        if base not in COLLECTIVES:
             return None
+        if one.called_as("calls") and (wrapped := self._inside(one)):
+            inner = wrapped[0]
         end = self._end(one)
         if end is None and (caller := self._wrapper(one)) is not None:
             start, end = caller, self._end(caller)
