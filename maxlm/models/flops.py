@@ -20,6 +20,11 @@ class ParameterCount:
     """token and position vectors, and an untied head (Kaplan et al., arXiv:2001.08361, leave these out of N)"""
 
     @property
+    def active(self) -> int:
+        """Those that one token uses: all, in a dense model."""
+        return self.total
+
+    @property
     def non_embedding(self) -> int:
         """All but the embeddings and the head."""
         return self.total - self.embedding
@@ -38,16 +43,39 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     return ParameterCount(total=c.n_layers * (attention + mlp + 2 * norm) + norm + embedding, embedding=embedding)
 
 
-def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Matmul FLOPs of the forward pass for one token of a full causal row of `seq_len`, the head included.
+@dataclass(frozen=True)
+class ForwardFlops:
+    """Matmul FLOPs of the forward pass for one token, all layers together, by what does them."""
+
+    attention_projections: float
+    attention_scores: float
+    """scores and values"""
+    mlp: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return self.attention_projections + self.attention_scores + self.mlp + self.head
+
+
+def forward_flops(config: ModelConfig, seq_len: int) -> ForwardFlops:
+    """Matmul FLOPs of the forward pass for one token of a full causal row of `seq_len`, by part.
 
     Position t attends to t + 1 positions, (seq_len + 1) / 2 on average; scores and values take 2 FLOPs each for every
     pair, head and channel.
     """
     c = config
-    matmuls = c.n_layers * (_attention_matmul_parameters(c) + _mlp_matmul_parameters(c)) + c.vocab_size * c.d_model
-    attention = c.n_layers * 4 * c.n_heads * c.head_width * (seq_len + 1) / 2
-    return 2 * matmuls + attention
+    return ForwardFlops(
+        attention_projections=2 * c.n_layers * _attention_matmul_parameters(c),
+        attention_scores=c.n_layers * 4 * c.n_heads * c.head_width * (seq_len + 1) / 2,
+        mlp=2 * c.n_layers * _mlp_matmul_parameters(c),
+        head=2 * c.vocab_size * c.d_model,
+    )
+
+
+def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """The same in one number, the head included."""
+    return forward_flops(config, seq_len).total
 
 
 def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:

@@ -2,7 +2,7 @@
 
 A weight's logical axes stand beside its shape (`("embed", "mlp")`), an activation's at the line that constrains it
 (`("batch", "residual_length", "embed")`). Two tables, because one name means two things: a weight's `embed` is sharded
-over `fsdp` where it rests, an activation's is whole.
+over `fsdp` where it rests, an activation's is whole. The tables are in `axes_table.py`.
 """
 
 from __future__ import annotations
@@ -13,36 +13,9 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import PartitionSpec, reshard
 
+from maxlm.parallel.axes_table import ACTIVATIONS, STORAGE_AXES, WEIGHTS
+
 LogicalAxes = Sequence[str | None]
-
-WEIGHTS: dict[str, tuple[str, ...]] = {
-    "layers": (),
-    "embed": ("fsdp",),
-    "mlp": ("tensor",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "head_dim": (),
-    "vocab": ("tensor",),
-    "positions": (),
-    "norm": (),
-}
-
-# Mesh axes that shard a weight only while it rests; `gather` takes them away where the weight is used.
-STORAGE_AXES = ("data", "fsdp")
-
-ACTIVATIONS: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "length": (),
-    # Between the blocks of a layer each tensor-parallel device keeps its share of the positions (Megatron's
-    # sequence parallelism, arXiv:2205.05198, section 4.2.2).
-    "residual_length": ("tensor",),
-    "embed": (),
-    "mlp": ("tensor",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "head_dim": (),
-    "vocab": ("tensor",),
-}
 
 
 def mesh_axes(name: str) -> tuple[str, ...]:
