@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maxlm import __version__
+from maxlm.console import print_json, print_table
 from maxlm.errors import CheckpointError, ConfigError, MaxlmError, StorageError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ EXAMPLES = """examples:
   maxlm tokenizer train quickstart                 text in, tokenizer out
   maxlm data prepare quickstart                    text in, token store out
   maxlm train quickstart train.steps=100           one run; the same command again resumes it
+  maxlm plan llama3-8b --topology v5p:4x4x4 train.global_batch_tokens=1048576
   maxlm train quickstart --simulate-devices 8 mesh.data=2 mesh.tensor=2
   maxlm generate runs/quickstart --prompt 'def '
   maxlm export runs/quickstart OUT --to hf
@@ -61,6 +63,77 @@ def train(args: argparse.Namespace) -> None:
     from maxlm.train import train as run
 
     run(config)
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Says what a run would need and how long it would take, by compiling its step for hardware that is not here."""
+    from maxlm.planning.topology import parse_topology
+
+    topology = parse_topology(args.topology, args.slices)
+    if args.kernel:
+        plan_kernel(args, topology)
+        return
+    if args.config is None:
+        raise ConfigError("no config: give a file or a preset's name, or --kernel NAME")
+    from maxlm.config import load_config
+    from maxlm.plan import make_plan
+    from maxlm.planning.report import print_report, show
+
+    config = load_config(args.config, args.overrides)
+    if args.search:
+        plan_search(args, config, topology)
+        return
+    result = make_plan(config, topology, compiled=not args.no_compile)
+    result |= {"config": args.config, "overrides": args.overrides}
+    if args.html:
+        from maxlm.planning.page import write_page
+
+        write_page(result, args.html)
+    if args.json:
+        print_json(result)
+        return
+    print_report(show(result))
+    if args.html:
+        print(f"wrote {args.html}")
+
+
+def plan_search(args: argparse.Namespace, config: Any, topology: Any) -> None:
+    """The fastest meshes, remat policies and microbatches that fit, and a config with the best."""
+    from functools import partial
+
+    from maxlm.plan import make_plan
+    from maxlm.planning.report import print_report, show_search
+    from maxlm.planning.search import search, write_config
+
+    plan_one = partial(make_plan, topology=topology, compiled=not args.no_compile, relief=False)
+    found = search(
+        config,
+        topology,
+        plan_one=plan_one,
+        source=args.config,
+        overrides=args.overrides,
+        compile_best=args.best,
+        progress=not args.json,
+    )
+    if args.out and found.best:
+        write_config(found, args.out)
+    if args.json:
+        print_json(found.to_dict())
+        return
+    print_report(show_search(found))
+    if args.out and found.best:
+        print(f"wrote {args.out}; train it with: maxlm train {args.out}")
+
+
+def plan_kernel(args: argparse.Namespace, topology: Any) -> None:
+    """The final schedule of one of our Pallas kernels: static cycles, use of each unit, spills."""
+    from maxlm.planning.kernel_report import kernel_report, show
+
+    found = kernel_report(args.kernel, topology)
+    if args.json:
+        print_json(found.to_dict())
+    else:
+        print(show(found))
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -235,39 +308,6 @@ def simulate_devices(count: int) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 
-def print_json(value: Any) -> None:
-    """Prints plain data as JSON; a number that is not finite is null."""
-    from pydantic_core import to_json
-
-    print(to_json(value, indent=2, inf_nan_mode="null").decode())
-
-
-def print_table(rows: list[dict[str, Any]], json_wanted: bool, *, as_json: Any = None) -> None:
-    """Prints rows as a table, or as JSON: the rows, or `as_json` where that says it better."""
-    if json_wanted:
-        print_json(rows if as_json is None else as_json)
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    def cell(value: Any) -> str:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return f"{value:,}"
-        return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for name in rows[0] if rows else ():
-        numeric = all(isinstance(row[name], int | float) for row in rows)
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(cell(value) for value in row.values()))
-    console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160)
-    with console.capture() as text:
-        console.print(table)
-    print(text.get(), end="")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     top = argparse.ArgumentParser(
@@ -279,6 +319,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"maxlm {__version__}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
+    _add_plan(commands)
     _add_model_commands(commands)
 
     data = commands.add_parser("data", help="text in, token store out").add_subparsers(metavar="COMMAND", required=True)
@@ -314,6 +355,23 @@ def _add_train(commands: Any) -> None:
         metavar="N",
         help="show the CPU as N devices, to try a mesh without having one; slower than one device",
     )
+
+
+def _add_plan(commands: Any) -> None:
+    command = _command(commands, "plan", plan)
+    _with_config(command, optional=True)
+    command.add_argument(
+        "--topology", required=True, metavar="NAME", help="v5p:4x4x4 or v5p-128, v6e-256, tpu7x-128, h100:16x8, ..."
+    )
+    command.add_argument("--slices", type=_at_least(1), default=1, metavar="N", help="TPU slices (default: 1)")
+    what = command.add_mutually_exclusive_group()
+    what.add_argument("--search", action="store_true", help="look for the fastest mesh, remat policy and microbatches")
+    what.add_argument("--kernel", metavar="NAME", help="read the final schedule of a Pallas kernel instead of a step")
+    command.add_argument("--best", type=_at_least(1), default=8, metavar="N", help="--search: plans made (default: 8)")
+    command.add_argument("--out", type=Path, metavar="FILE", help="--search: write the best as a config here")
+    command.add_argument("--no-compile", action="store_true", help="the roofline alone: a second, and no compiler")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write the plan as a page with pictures")
+    _with_json(command)
 
 
 def _add_model_commands(commands: Any) -> None:

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "maxlm"
 ORDER = (
     "cli",
     "train",
+    "plan",
     "config",
     "config_keys",
     "config_file",
@@ -27,6 +28,7 @@ ORDER = (
     "kernels",
     "parallel",
     "files",
+    "console",
     "section",
     "errors",
 )

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.models.attention import Attention, Context, LayerCache
 from maxlm.models.config import ModelConfig, RematConfig
@@ -29,6 +30,7 @@ class Block(nnx.Module):
         self, x_BTD: jax.Array, context: Context, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
         """The residual stream after the layer, and the layer's cache."""
+        x_BTD = checkpoint_name(x_BTD, "layer_input")
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), context, cache)
         x_BTD = x_BTD + y_BTD
         return x_BTD + self.mlp(self.mlp_norm(x_BTD), context), cache
@@ -53,7 +55,7 @@ def run_stack(
     return jax.lax.scan(layer, x_BTD, (stacked, cache))
 
 
-def remat_policy(remat: RematConfig) -> Callable[..., bool]:
+def remat_policy(remat: RematConfig) -> Callable[..., Any]:
     """The policy for `jax.checkpoint`. Gathered and cast weights are never kept, whatever the policy: kept, they would
     be a second, whole copy of the model on every device."""
     policies = jax.checkpoint_policies
@@ -61,11 +63,16 @@ def remat_policy(remat: RematConfig) -> Callable[..., bool]:
         "none": policies.everything_saveable,
         "full": policies.nothing_saveable,
         "dots": _is_product,
-        "names": policies.save_only_these_names(*remat.names),
+        "names": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=list(remat.names),
+            names_which_can_be_offloaded=list(remat.offload),
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
     }[remat.policy]
     batch_axes = set(ACTIVATIONS["batch"])
 
-    def policy(primitive: Any, *inputs: Any, **params: Any) -> bool:
+    def policy(primitive: Any, *inputs: Any, **params: Any) -> Any:
         if primitive.name == "convert_element_type":
             return False
         if primitive.name == "reshard" and not batch_axes & _axes_in(params["dst_sharding"].spec):

@@ -11,7 +11,7 @@ from maxlm.section import Section, key
 VOCAB_MULTIPLE = 128
 
 # Names that `checkpoint_name` gives to activations, for remat policy `names`.
-REMAT_NAMES = ("q", "k", "v", "flash_out", "flash_lse", "attention_out", "mlp_gate", "mlp_up", "mlp_out")
+REMAT_NAMES = ("layer_input", "q", "k", "v", "flash_out", "flash_lse", "attention_out", "mlp_gate", "mlp_up", "mlp_out")
 
 
 class RematConfig(Section):
@@ -22,17 +22,23 @@ class RematConfig(Section):
         "none: keep everything; full: keep only each layer's input; dots: keep matmul results; names: keep `names`",
     )
     names: tuple[str, ...] = key((), f"activations kept by policy `names`, of {', '.join(REMAT_NAMES)}")
+    offload: tuple[str, ...] = key(
+        (), "policy `names`: activations kept in the host's memory between forward and backward (TPU and GPU only)"
+    )
 
     @model_validator(mode="after")
     def _names_go_with_policy(self) -> RematConfig:
-        if unknown := set(self.names) - set(REMAT_NAMES):
+        if unknown := {*self.names, *self.offload} - set(REMAT_NAMES):
             raise ValueError(
                 f"names {sorted(unknown)} are not activations of a layer; they are {', '.join(REMAT_NAMES)}"
             )
-        if (self.policy == "names") != bool(self.names):
+        if (self.policy == "names") != bool(self.names or self.offload):
             raise ValueError(
-                f"policy {self.policy!r} with names {list(self.names)}: `names` are given with policy 'names' only"
+                f"policy {self.policy!r} with names {list(self.names)} and offload {list(self.offload)}: they are given "
+                "with policy 'names' only, at least one of them"
             )
+        if both := set(self.names) & set(self.offload):
+            raise ValueError(f"{sorted(both)} stand in both names and offload; keep each in one memory")
         return self
 
 

@@ -49,7 +49,7 @@ class LoweredStep:
     program_sha256: str
     sizes: dict[str, int]
     device_order: tuple[int, ...]
-    options: dict[str, str]
+    options: dict[str, str | bool]
     seconds: float
 
 
@@ -96,7 +96,7 @@ def versions(topology: Topology) -> dict[str, str | None]:
     return {"jax": version("jax"), compiler: version(compiler)}
 
 
-def topology_devices(topology: Topology) -> list[jax.Device]:
+def topology_devices(topology: Topology) -> list[Any]:
     """The devices of a cluster that is not here, to compile for. Raises CompilerMissingError."""
     require_compiler(topology)
     os.environ["JAX_PLATFORMS"] = "cpu"

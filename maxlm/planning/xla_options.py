@@ -32,6 +32,6 @@ OPTIONS: Mapping[str, Mapping[str, Option]] = {
 }
 
 
-def compiler_options(chip_name: str | None) -> dict[str, str]:
+def compiler_options(chip_name: str | None) -> dict[str, str | bool]:
     """The options for a chip by its name in the hardware table; {} for one that is not known, such as a CPU."""
     return {name: option.value for name, option in OPTIONS.get(chip_name or "", {}).items()}
