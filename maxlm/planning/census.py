@@ -125,13 +125,13 @@ class Census:
         return [name for name, trips, _ in self.loops if trips is None]
 
 
-def census(module: Module, sizes: Mapping[str, int], device_order: Sequence[int] | None = None) -> Census:
+def census(module: Module, sizes: Mapping[str, int]) -> Census:
     """Counts a compiled step.
 
     Args:
         module: the parsed text.
-        sizes: the mesh's axes and sizes, in its order.
-        device_order: the partition number of each device along the flattened mesh, where it is not 0, 1, 2, ...
+        sizes: the mesh's axes and sizes, in its order. The text counts partitions along the flattened mesh, so that
+            the ids of the devices in it do not matter.
     """
     runs = list(executions(module))
     by_part: dict[str, int] = dict.fromkeys(PARTS, 0)
@@ -145,7 +145,7 @@ def census(module: Module, sizes: Mapping[str, int], device_order: Sequence[int]
             in_loops += one.cycles * run.times if run.depth else 0
         elif '"estimated_cycles"' in one.attributes and one.cycles is None:
             n_unknown += 1
-    counter = _Collectives(module, sizes, device_order)
+    counter = _Collectives(module, sizes)
     return Census(
         cycles=sum(by_part.values()),
         cycles_by_part=by_part,
@@ -264,7 +264,6 @@ class _Chain:
 class _Collectives:
     module: Module
     sizes: Mapping[str, int]
-    device_order: Sequence[int] | None
     chains: dict[tuple[str, str], _Chain] = field(default_factory=dict)
     prefix: dict[str, list[int]] = field(default_factory=dict)
 
@@ -391,8 +390,8 @@ class _Collectives:
     def _axes(self, inner: Instruction) -> tuple[str, ...]:
         pairs = inner.attribute("source_target_pairs")
         if pairs is not None:
-            return axes_of_pairs(pairs, self.sizes, self.device_order)
-        return axes_of_groups(inner.attribute("replica_groups") or "{}", self.sizes, self.device_order)
+            return axes_of_pairs(pairs, self.sizes)
+        return axes_of_groups(inner.attribute("replica_groups") or "{}", self.sizes)
 
     def _beside(self, found: Collective, first: Instruction, last: Instruction) -> Collective:
         """With what stands between its start and its end: cycles, or where the compiler gives none, any computation."""
