@@ -1,0 +1,54 @@
+"""What a layer's backward pass does again, under each remat policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from maxlm.models.config import ModelConfig
+
+PRODUCTS = ("q", "k", "v", "attention_out", "mlp_gate", "mlp_up")
+
+
+@dataclass(frozen=True)
+class Again:
+    """Activations by name that are made again."""
+
+    names: frozenset[str]
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the residual stream's positions are gathered again: they are kept by policy `none` alone."""
+        return bool(self.names)
+
+    def share(self, part: str, model: ModelConfig) -> float:
+        """The share of a part's forward FLOPs in a layer that are done again.
+
+        The MLP's last product never is: no gradient depends on its result.
+        """
+        if part == "attention scores":
+            return float("flash_out" in self.names)
+        if part == "mlp":
+            inner = ("mlp_gate", "mlp_up") if model.gated else ("mlp_up",)
+            return sum(name in self.names for name in inner) / (len(inner) + 1)
+        heads = {"q": model.n_heads, "k": model.kv_heads, "v": model.kv_heads, "attention_out": model.n_heads}
+        return sum(n for name, n in heads.items() if name in self.names) / sum(heads.values())
+
+
+def kept(model: ModelConfig) -> frozenset[str]:
+    """Names of the products and of attention's output that are there for the backward pass, in HBM or on the host."""
+    remat = model.remat
+    if remat.policy == "none":
+        return frozenset((*PRODUCTS, "flash_out"))
+    if remat.policy == "dots":
+        return frozenset(PRODUCTS)
+    return frozenset(remat.names) | frozenset(offloaded(model))
+
+
+def offloaded(model: ModelConfig) -> tuple[str, ...]:
+    """Names that are moved to the host's memory."""
+    return tuple(getattr(model.remat, "offload", ()))
+
+
+def again(model: ModelConfig) -> Again:
+    """What is made again."""
+    return Again(frozenset((*PRODUCTS, "flash_out")) - kept(model))

@@ -1,0 +1,97 @@
+"""Every parameter of a model with its shape, its logical axes and its bytes on a device, without making the model.
+
+The shapes are those of `models/` and the axes those of `parallel/axes_table.py`; a test compares both with what
+`Program.abstract_state` says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from maxlm.models.config import ModelConfig
+from maxlm.parallel.axes_table import STORAGE_AXES, WEIGHTS
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One array of the parameter tree; `layers` of them are stacked where it belongs to a layer."""
+
+    part: str
+    """embedding, attention, mlp, norm or head"""
+    shape: tuple[int, ...]
+    logical: tuple[str, ...]
+    layers: int = 1
+
+    @property
+    def size(self) -> int:
+        """Elements of all layers."""
+        return self.layers * math.prod(self.shape)
+
+    def at_rest(self, sizes: Mapping[str, int], *, shard_over_data: bool) -> int:
+        """Elements on a device where it is stored."""
+        return self.size // self._shards(sizes, stored=True, shard_over_data=shard_over_data)
+
+    def gathered(self, sizes: Mapping[str, int]) -> int:
+        """Elements of one layer on a device where it is used: without the axes that only store it."""
+        return math.prod(self.shape) // self._shards(sizes, stored=False)
+
+    def is_gathered(self, sizes: Mapping[str, int], *, shard_over_data: bool) -> bool:
+        """Whether its use takes an all-gather."""
+        return self.at_rest(sizes, shard_over_data=shard_over_data) < self.gathered(sizes) * self.layers
+
+    def _shards(self, sizes: Mapping[str, int], *, stored: bool, shard_over_data: bool = False) -> int:
+        axes = [axis for name in self.logical for axis in WEIGHTS[name]]
+        if not stored:
+            axes = [axis for axis in axes if axis not in STORAGE_AXES]
+        elif shard_over_data and "fsdp" in axes:
+            axes.append("data")
+        return math.prod(sizes.get(axis, 1) for axis in axes)
+
+
+def weights_of(c: ModelConfig) -> tuple[Weight, ...]:
+    """The parameters of a model, the vocabulary padded as its arrays are."""
+    return tuple(_weights(c))
+
+
+def _weights(c: ModelConfig) -> Iterator[Weight]:
+    d, h, g, k, v = c.d_model, c.n_heads, c.kv_heads, c.head_width, c.padded_vocab_size
+    yield Weight("embedding", (v, d), ("vocab", "embed"))
+    if c.positions == "learned":
+        yield Weight("embedding", (c.max_seq_len, d), ("positions", "embed"))
+    norm_arrays = 2 if c.norm == "layer" else 1
+    for layers in (c.n_layers, c.n_layers, 1):
+        for _ in range(norm_arrays):
+            yield Weight("norm", (d,), ("norm",), layers)
+    yield from _attention(c, d, h, g, k)
+    yield from _mlp(c, d)
+    if not c.tied_embeddings:
+        yield Weight("head", (v, d), ("vocab", "embed"))
+
+
+def _attention(c: ModelConfig, d: int, h: int, g: int, k: int) -> Iterator[Weight]:
+    yield Weight("attention", (d, h, k), ("embed", "heads", "head_dim"), c.n_layers)
+    for _ in ("k", "v"):
+        yield Weight("attention", (d, g, k), ("embed", "kv_heads", "head_dim"), c.n_layers)
+    yield Weight("attention", (h, k, d), ("heads", "head_dim", "embed"), c.n_layers)
+    if c.attention_bias:
+        yield Weight("attention", (h, k), ("heads", "head_dim"), c.n_layers)
+        for _ in ("k", "v"):
+            yield Weight("attention", (g, k), ("kv_heads", "head_dim"), c.n_layers)
+    if c.attention_out_bias:
+        yield Weight("norm", (d,), ("norm",), c.n_layers)
+    if c.qk_norm:
+        for _ in ("q", "k"):
+            yield Weight("norm", (k,), ("norm",), c.n_layers)
+
+
+def _mlp(c: ModelConfig, d: int) -> Iterator[Weight]:
+    inner = ("up", "gate") if c.gated else ("up",)
+    for _ in inner:
+        yield Weight("mlp", (d, c.d_ff), ("embed", "mlp"), c.n_layers)
+    yield Weight("mlp", (c.d_ff, d), ("mlp", "embed"), c.n_layers)
+    if c.mlp_bias:
+        for _ in inner:
+            yield Weight("mlp", (c.d_ff,), ("mlp",), c.n_layers)
+        yield Weight("norm", (d,), ("norm",), c.n_layers)
