@@ -207,6 +207,16 @@ def test_asynchronous_wrappers_are_looked_into():
     assert counted.cycles == 55
 
 
+@pytest.fixture
+def no_compilation_cache():
+    """A program for a topology cannot be read back from the cache, which warns."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
+@pytest.mark.usefixtures("no_compilation_cache")
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="the TPU's compiler is not installed (the `tpu` extra)")
 def test_the_compiler_of_today_gives_twice_the_loop_for_twice_the_layers(monkeypatch):
     """A scan over layers of weights that are gathered over four chips, of 4 layers and of 8."""
