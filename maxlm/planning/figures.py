@@ -21,7 +21,6 @@ BASES = {
     "roofline": "the roofline",
 }
 NOTHING = "–"
-INSTALL = {"tpu": "pip install 'maxlm[tpu]'", "gpu": "pip install 'maxlm[cuda12]'"}
 
 
 @dataclass(frozen=True)
@@ -352,10 +351,6 @@ def origins(plan: Plan) -> list[str]:
         lines.append(
             f"Not compiled{': ' + str(because).rstrip('.') if because else ''}. Every figure is the roofline's."
         )
-        if because and "install" not in str(because):
-            lines.append(
-                f"The compiler comes with `{INSTALL['gpu' if is_gpu(plan) else 'tpu']}`, and needs no such chip here."
-            )
     note = at(plan, "prediction", "note")
     return [*lines, str(note)] if note else lines
 
