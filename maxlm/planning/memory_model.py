@@ -67,23 +67,25 @@ class Shapes:
 def predicted_memory(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, int]:
     """Bytes a device by kind: parameters, optimizer, gradients, activations, temporaries; and total, at the peak.
 
-    Activations are what waits for the backward pass; temporaries what lives inside a layer, a chunk of the loss, and
-    the batch.
+    Activations are what waits for the backward pass; temporaries what lives inside a layer or a chunk of the loss,
+    the layers' weights in the compute format (cast once for all, as they rest), and the batch.
     """
-    state = state_bytes(config, sizes)
-    kept = kept_bytes(config, sizes)
-    batch = config.train.global_batch_tokens // (sizes["data"] * sizes["fsdp"]) * BATCH_ARRAYS_BYTES
-    gradients, inner = _gradient_bytes(config, sizes)
+    kept, gradients = kept_bytes(config, sizes), _Gradients.of(config, sizes)
+    cast = _cast_bytes(config, sizes)
     # Each moment: activations, gradients, temporaries.
-    accumulated = gradients["accumulated"]
     moments = (
-        (kept, accumulated, _loss_bytes(config, sizes)),
-        (kept, accumulated + gradients["layers"] + gradients["head"], inner),
-        (0, accumulated or gradients["all"], 0),
+        (kept, gradients.accumulated + gradients.head, cast + _loss_bytes(config, sizes)),
+        (
+            kept,
+            gradients.accumulated + gradients.layers + gradients.head,
+            cast + _layer_bytes(config, sizes),
+        ),
+        (0, gradients.accumulated or gradients.all, 0),
     )
     activations, held, temporaries = max(moments, key=sum)
+    batch = config.train.global_batch_tokens // (sizes["data"] * sizes["fsdp"]) * BATCH_ARRAYS_BYTES
     found = {
-        **state,
+        **state_bytes(config, sizes),
         "gradients": int(held),
         "activations": int(activations),
         "temporaries": int(temporaries) + batch,
@@ -142,70 +144,83 @@ def named_bytes(model: ModelConfig, shapes: Shapes, width: int) -> dict[str, flo
 
 def _everything(model: ModelConfig, shapes: Shapes, named: Mapping[str, float], width: int) -> float:
     """Policy none: each norm leaves float32 arrays of the width of the residual stream, and the normed input is kept as
-    the matmuls take it; attention's output is kept in two layouts and with the mask of padding."""
+    the matmuls take it; attention's output is kept in two layouts."""
     residual32 = shapes.residual_tokens * model.d_model * 4
     norms = 2 * (3 if model.norm == "layer" else 2) * residual32
     normed = 2 * shapes.tokens * model.d_model * width
     if model.qk_norm:
         norms += (named["q"] + named["k"]) * (1 + 2 * 4 / width)
-    attention = named["q"] + named["k"] + named["v"] + named["flash_out"] + named["q"] * (1 + 1 / width)
+    attention = named["q"] + named["k"] + named["v"] + named["flash_out"] + named["q"]
     between = named["attention_out"] if model.norm == "rms" else 0
     mlp = named["mlp_up"] + named["mlp_gate"] + ACTIVATION_ARRAYS[model.mlp] * named["mlp_up"]
     return norms + normed + attention + between + mlp
 
 
-def _gradient_bytes(config: RunConfig, sizes: Mapping[str, int]) -> tuple[Mapping[str, float], float]:
-    """Gradients that are held during the backward pass, and the bytes that one layer's backward pass needs inside.
+@dataclass(frozen=True)
+class _Gradients:
+    """Bytes of the gradients that are held at some moment."""
 
-    Gradients rest as the parameters do. With accumulation their float32 sums are held besides those of the microbatch.
-    """
-    model, zero3 = config.model, config.mesh.zero == 3
-    compute, stored = BYTES[config.precision.compute], BYTES[config.precision.parameters]
-    weights = weights_of(model)
-    at_rest = {weight: weight.at_rest(sizes, shard_over_data=zero3) for weight in weights}
-    everything = sum(at_rest[weight] for weight in weights)
-    outer = sum(at_rest[weight] for weight in weights if weight.part in ("embedding", "head"))
-    gradients = {
-        "accumulated": 4 * everything if config.train.accumulation > 1 else 0,
-        "layers": stored * (everything - outer),
-        "head": stored * at_rest[weights[-1 if not model.tied_embeddings else 0]],
-        "all": stored * everything,
-    }
-    shapes = Shapes.of(config, sizes)
-    # A layer's gathered weights, and as many bytes of their gradients before those are scattered.
-    layer = [weight for weight in weights if weight.part in ("attention", "mlp")]
-    inside = 2 * compute * sum(weight.gathered(sizes) for weight in layer)
-    named = named_bytes(model, shapes, compute)
-    normed = shapes.tokens * model.d_model * compute
-    attention = 2 * (2 * named["q"] + named["k"] + named["v"])
-    # up, gate and their product, and the gradients of the three.
-    mlp = 2 * (named["mlp_up"] * 2 + named["mlp_gate"])
-    return gradients, inside + max(attention / 2 + mlp, attention) + 4 * normed - kept_again(config, shapes)
+    accumulated: int
+    """float32 sums over microbatches, besides the gradients of the present one; 0 without accumulation"""
+    layers: int
+    """of all layers, as the backward pass stacks them: where and in the format in which the parameters rest"""
+    head: int
+    """of the head, made with the loss: on all devices whole, since compilers scatter it after the layers' backward"""
+    all: int
+
+    @classmethod
+    def of(cls, config: RunConfig, sizes: Mapping[str, int]) -> _Gradients:
+        model, stored = config.model, BYTES[config.precision.parameters]
+        at_rest = [
+            (weight, weight.at_rest(sizes, shard_over_data=config.mesh.zero == 3)) for weight in weights_of(model)
+        ]
+        everything = sum(size for _, size in at_rest)
+        layers = sum(size for weight, size in at_rest if weight.part not in ("embedding", "head"))
+        shapes = Shapes.of(config, sizes)
+        # Added up in float32 over chunks of the loss; where there is one chunk, it never is.
+        width = BYTES[config.precision.compute] if chunk_tokens(config, shapes) >= shapes.tokens else 4
+        return cls(
+            accumulated=4 * everything if config.train.accumulation > 1 else 0,
+            layers=stored * layers,
+            head=width * shapes.vocab * model.d_model,
+            all=stored * everything,
+        )
 
 
-def kept_again(config: RunConfig, shapes: Shapes) -> float:
-    """Bytes of one layer that are not made again in its backward pass, since they were kept."""
-    named = named_bytes(config.model, shapes, BYTES[config.precision.compute])
-    policy = config.model.remat.policy
-    if policy == "full":
+def _cast_bytes(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """The layers' weights as they rest, in the compute format: loops over layers find them cast."""
+    if config.precision.compute == config.precision.parameters:
         return 0
-    if policy == "names":
-        return sum(named[name] for name in config.model.remat.names if name not in ("attention_out", "mlp_out"))
-    return sum(named[name] for name in ("q", "k", "v", "mlp_gate", "mlp_up"))
+    weights = (weight for weight in weights_of(config.model) if weight.part in ("attention", "mlp"))
+    elements = sum(weight.at_rest(sizes, shard_over_data=config.mesh.zero == 3) for weight in weights)
+    return BYTES[config.precision.compute] * elements
+
+
+def _layer_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """What lives in the middle of a layer's backward pass, at the gradient of the MLP's inside: that and what it is
+    made from; attention's arrays for later; the residual stream's; gathered weights, or gradients in their place."""
+    model, width = config.model, BYTES[config.precision.compute]
+    shapes = Shapes.of(config, sizes)
+    named = named_bytes(model, shapes, width)
+    inner = 2 * named["mlp_up"] + named["mlp_gate"]
+    # Attention's output in two layouts; its log-sum-exp leaves the kernel once for each of 128 lanes.
+    lse = shapes.tokens * shapes.heads * 128 * 4
+    attention = 3 * named["q"] + named["k"] + named["v"] + lse
+    rope = shapes.tokens * model.head_width * 4 if model.positions == "rope" else 0
+    residual = (3 * shapes.residual_tokens + 2 * shapes.tokens) * model.d_model * width
+    layer = [weight for weight in weights_of(model) if weight.part in ("attention", "mlp")]
+    gathered = [weight.gathered(sizes) * width for weight in layer]
+    return inner + attention + rope + residual + sum(gathered)
 
 
 def _loss_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
-    """Head and loss of a microbatch: the gathered head, its gradient, a chunk of float32 logits, and the residual
-    stream with its gradient. The gradient is added up in float32 over chunks; where there is one, it never is."""
-    model, compute = config.model, BYTES[config.precision.compute]
+    """The gathered head, a chunk of float32 logits, and the residual stream; its gradient where there are chunks."""
+    model, width = config.model, BYTES[config.precision.compute]
     shapes = Shapes.of(config, sizes)
     chunk = chunk_tokens(config, shapes)
-    head = shapes.vocab * model.d_model
-    gradient = head * (compute if chunk >= shapes.tokens else 4)
-    rests = next(weight for weight in weights_of(model) if weight.part == "embedding")
-    scattered = rests.at_rest(sizes, shard_over_data=config.mesh.zero == 3) * BYTES[config.precision.parameters]
-    residual = shapes.tokens * model.d_model * compute
-    return head * compute + gradient + chunk * shapes.vocab * 4 + 2 * residual + scattered
+    copies = 1 + (chunk < shapes.tokens) + (shapes.residual_tokens < shapes.tokens)
+    residual = copies * shapes.tokens * model.d_model * width
+    return shapes.vocab * model.d_model * width + chunk * shapes.vocab * 4 + residual
 
 
 def chunk_tokens(config: RunConfig, shapes: Shapes) -> int:
