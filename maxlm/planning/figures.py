@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from maxlm.evaluation.report import count, number
+from maxlm.evaluation.report import count, duration, number
 
 Plan = dict[str, Any]
 
@@ -215,17 +215,23 @@ def speed(plan: Plan) -> Grid:
         ("step time", *two(prediction.get("step_seconds"), time)),
         ("tokens a second", *two(prediction.get("tokens_per_second"), whole)),
         ("MFU", *two(prediction.get("mfu"), lambda value: share(value, 1))),
-        (f"days for {count(budget)} tokens" if number(budget) else "days", *two(prediction.get("days"), _decimal)),
-        ("chip-hours", *two(prediction.get("chip_hours"), whole)),
+        (f"time for {count(budget)} tokens" if number(budget) else "time", *two(prediction.get("days"), days)),
+        ("chip-hours", *two(prediction.get("chip_hours"), _hours)),
     ]
     basis = BASES.get(str(prediction.get("basis")), prediction.get("basis"))
     note = f"From {basis}. {_bound(plan)}" if basis else _bound(plan)
     return Grid("Prediction", ("prediction", "full overlap", "no overlap"), "lrr", rows, note.strip())
 
 
-def _decimal(value: Any) -> str:
+def days(value: Any) -> str:
+    """471.5 days; shorter times in hours, minutes or seconds."""
     finite = number(value)
-    return NOTHING if finite is None else f"{finite:,.1f}" if finite >= 1 else f"{finite:.3g}"
+    return NOTHING if finite is None else f"{finite:,.1f} days" if finite >= 2 else duration(finite * 86400)
+
+
+def _hours(value: Any) -> str:
+    finite = number(value)
+    return NOTHING if finite is None else f"{finite:,.0f}" if finite >= 100 else f"{finite:.3g}"
 
 
 def _bound(plan: Plan) -> str:

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from maxlm.evaluation.report import count, duration, number
+from maxlm.evaluation.report import count, number
 from maxlm.files import write_atomically
 from maxlm.planning import figures, tables
 from maxlm.planning.bars import Bar, Segment, bars
@@ -85,12 +85,15 @@ def _tiles(plan: Plan) -> str:
 
 
 def _days(value: Any) -> str:
-    days = number(value)
-    if days is None:
-        return figures.NOTHING
-    if days >= 1000:
-        return f"{days / 365.25:,.1f} years"
-    return f"{days:,.0f} days" if days >= 100 else f"{days:.1f} days" if days >= 2 else duration(days * 86400)
+    """Days without decimals where they are many, and years where they are very many."""
+    found = number(value) or 0.0
+    return (
+        f"{found / 365.25:,.1f} years"
+        if found >= 1000
+        else f"{found:,.0f} days"
+        if found >= 100
+        else figures.days(value)
+    )
 
 
 def _notes(plan: Plan) -> str:

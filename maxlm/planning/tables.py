@@ -82,19 +82,18 @@ def _memory_note(plan: Plan) -> str:
 
 
 def buffers(plan: Plan) -> Grid:
-    """The largest buffers, with the source line that made them; those of the error where the compiler ran out."""
+    """The ten largest buffers, with the source line that made them; those of the error where the compiler ran out.
+
+    Those alike in everything are one row.
+    """
     ran_out = at(plan, "out_of_memory") is not None
     found = entries(plan, "out_of_memory", "buffers") if ran_out else entries(plan, "compiled", "largest_buffers")
-    rows = [
-        (
-            size(each.get("bytes")),
-            str(each.get("kind") or NOTHING),
-            str(each.get("shape") or NOTHING),
-            str(each.get("source") or NOTHING),
-            operation(each.get("what")),
-        )
-        for each in found[:10]
-    ]
+    alike: dict[tuple[str, ...], int] = {}
+    for each in found[:10]:
+        words = (str(each.get(name) or NOTHING) for name in ("kind", "shape", "source"))
+        row = (size(each.get("bytes")), *words, operation(each.get("what")))
+        alike[row] = alike.get(row, 0) + 1
+    rows = [(f"{n} × {row[0]}" if n > 1 else row[0], *row[1:]) for row, n in alike.items()]
     title = "Largest buffers" + (" when memory ran out" if ran_out else " at the peak")
     return Grid(title, ("size", "kind", "shape", "made at", "by"), "rllll", rows, gives_way="by")
 

@@ -5,14 +5,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from maxlm.evaluation.report import count
+from maxlm.planning import figures
+
 FOLDER = Path(__file__).parent / "plans"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+# Plans that are kept for the docs, as they were made.
+KEPT = Path(__file__).parents[2] / "benchmarks" / "plans"
+KEPT_NAMES = sorted(path.stem for path in KEPT.glob("*.json") if '"prediction"' in path.read_text())
 GIB = 2**30
 
 
 def load(name: str) -> dict[str, Any]:
     """A plan of its own, to be changed at will."""
-    return json.loads((FOLDER / f"{name}.json").read_text())
+    return json.loads(((FOLDER if name in NAMES else KEPT) / f"{name}.json").read_text())
 
 
 def with_holes(*, missing: bool) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -47,18 +53,19 @@ def expected(plan: dict[str, Any]) -> list[str]:
     words = [
         plan["config"],
         topology["name"],
-        f"{topology['accelerator']}: {topology['chips']} chips, {topology['hosts']} hosts",
+        f"{topology['accelerator']}: {topology['chips']} chip",
+        f"{topology['hosts']} host",
         mesh,
-        f"{model['parameters']['total'] / 1e9:.2f}B parameters",
-        f"{model['parameters']['non_embedding'] / 1e9:.2f}B without embeddings",
-        f"{model['layers']} layers, remat {plan['remat']['policy']}",
+        f"{count(model['parameters']['total'])} parameters",
+        f"{count(model['parameters']['non_embedding'])} without embeddings",
+        f"{model['layers']} layers, remat {'keeping' if plan['remat']['names'] else plan['remat']['policy']}",
         f"{model['tokens_per_step']:,} tokens ({model['tokens_per_device']:,} a device)",
-        f"{model['model_flops_per_step'] / 1e15:,.1f} PFLOP",
-        f"{model['token_budget'] / 1e12:.3g}T tokens in {model['steps']:,} steps",
+        figures.flops(model["model_flops_per_step"]),
+        f"{count(model['token_budget'])} tokens in {model['steps']:,} steps",
         *(f"{rate:,.0f}" for rate in prediction["tokens_per_second"]),
         *(f"{100 * mfu:.1f}%" for mfu in prediction["mfu"]),
-        *(f"{days:,.1f}" for days in prediction["days"]),
-        *(f"{hours:,.0f}" for hours in prediction["chip_hours"]),
+        *(figures.days(days) for days in prediction["days"]),
+        *(f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}" for hours in prediction["chip_hours"]),
         prediction["note"],
     ]
     for seconds in [*prediction["step_seconds"], *plan["analytic"]["step_seconds"]]:
@@ -67,34 +74,38 @@ def expected(plan: dict[str, Any]) -> list[str]:
         words += [part["name"]]
         for key in ("compute_seconds", "hbm_seconds", "ici_seconds", "dcn_seconds"):
             words += [f"{part[key] * 1e3:,.1f}"] if part[key] else []
-    words += [f"{n_bytes / GIB:,.2f}" for n_bytes in plan["analytic"]["memory"].values()]
+    words += [f"{n_bytes / GIB:,.2f}" for n_bytes in plan["analytic"]["memory"].values() if n_bytes]
     return words + (compiled(plan["compiled"]) if plan["compiled"] else []) + ran_out(plan["out_of_memory"])
 
 
 def compiled(found: dict[str, Any]) -> list[str]:
     words = [f"{n_bytes / GIB:,.2f}" for n_bytes in found["memory_by_kind"].values()]
-    words += [f"{found['memory'][name] / GIB:,.2f} GiB" for name in ("argument", "temp", "peak", "required")]
+    words += [figures.size(found["memory"][name]) for name in ("argument", "temp", "peak", "required")]
     words += [f"compiled in {found['compile_seconds']:.1f} s"]
     for buffer in found["largest_buffers"]:
-        words += [f"{buffer['bytes'] / GIB:,.2f} GiB", buffer["shape"], buffer["source"] or "–"]
+        words += [figures.size(buffer["bytes"]), buffer["shape"], buffer["source"] or "–"]
     for each in found["collectives"]:
         words += [each["kind"], " × ".join(each["axes"])]
     words += [f"{sum(each['times'] for each in found['collectives']):,}"]
-    words += [f"{sum(each['bytes_per_step'] for each in found['collectives']) / 1e9:.2f} GB"]
+    words += [figures.moved(sum(each["bytes_per_step"] for each in found["collectives"]))]
     if found["cycles"]:
         words += [f"{found['cycles']['total'] / 1e6:,.1f}"]
         for part, cycles in found["cycles"]["by_part"].items():
-            words += [part, f"{cycles / 1e6:,.1f}", f"{100 * cycles / found['cycles']['total']:.1f}%"]
+            words += [
+                part,
+                f"{cycles / 1e6:,.1f}" if cycles else "0",
+                f"{100 * cycles / found['cycles']['total']:.1f}%",
+            ]
         words += [f"{100 * found['cycles']['in_loops'] / found['cycles']['total']:.1f}% of the cycles are in loops"]
-    words += [f"{kernel['name']} × {kernel['times']}" for kernel in found["kernels"]]
+    words += [kernel["name"] for kernel in found["kernels"]]
     return words
 
 
 def ran_out(found: dict[str, Any] | None) -> list[str]:
     if found is None:
         return []
-    words = [f"{found[name] / GIB:,.2f}" for name in ("used", "capacity", "over")]
-    words += [f"{buffer['bytes'] / GIB:,.2f} GiB" for buffer in found["buffers"]]
+    words = [f"{found[name] / GIB:,.2f}" for name in ("used", "capacity", "over") if found[name]]
+    words += [figures.size(buffer["bytes"]) for buffer in found["buffers"]]
     for each in found["relief"]:
-        words += [each["label"], f"{each['saves_bytes'] / GIB:,.2f} GiB", f"{each['required_bytes'] / GIB:,.2f} GiB"]
+        words += [each["label"], figures.size(each["saves_bytes"]), figures.size(each["required_bytes"])]
     return words

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from maxlm.planning import figures, tables
 from maxlm.planning.report import print_report, show, show_search
-from tests.planning.sample_plans import GIB, NAMES, expected, load, with_holes
+from tests.planning.sample_plans import GIB, KEPT_NAMES, NAMES, expected, load, with_holes
 
 
 def printed(renderable, width: int = 120) -> str:
@@ -22,7 +22,7 @@ def words_of(text: str) -> str:
     return re.sub(r"\s+", " ", text)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *KEPT_NAMES])
 def test_every_figure_of_a_plan_is_on_the_console(name):
     plan = load(name)
     # Wide, so that no cell is broken into lines.
@@ -30,13 +30,13 @@ def test_every_figure_of_a_plan_is_on_the_console(name):
     assert [word for word in expected(plan) if word not in text] == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *KEPT_NAMES])
 @pytest.mark.parametrize("width", [80, 100, 120, 200])
 def test_no_line_is_wider_than_the_console(name, width):
     assert max(map(len, printed(show(load(name)), width).splitlines())) <= width
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *KEPT_NAMES])
 def test_a_plan_is_a_screen_and_a_half(name):
     assert len(printed(show(load(name)), 120).splitlines()) <= 80
 
