@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from maxlm.planning.hardware import CHIPS, chip_of, measure_matmul_flops, peak_flops_per_device
+from maxlm.planning.hardware import CHIPS, chip_named, chip_of, measure_matmul_flops, peak_flops_per_device
 
 
 def devices_of(kind: str, platform: str = "tpu") -> list:
@@ -71,6 +71,32 @@ def test_every_chip_is_cited_and_its_figures_are_of_the_right_size():
         assert 100 < chip.peak_flops["bfloat16"] / chip.hbm_bytes_per_s < 700
         assert chip.dcn_bytes_per_s is None or 1e9 < chip.dcn_bytes_per_s < 1e11
         assert (chip.platform == "tpu") == (chip.torus_axes > 0)
+
+
+def test_what_planning_needs_of_a_tpu_is_there_and_agrees_with_its_peak():
+    for chip in CHIPS:
+        if chip.platform == "gpu":
+            assert chip.vmem_bytes is chip.clock_hz is chip.usable_hbm_bytes is None
+            assert chip.hbm_bytes_per_device == chip.hbm_bytes
+            continue
+        # A clock makes the peak of whole 128 x 128 arrays of multipliers, an even number of them.
+        arrays = chip.peak_flops["bfloat16"] / (2 * chip.clock_hz * 128**2)
+        assert arrays == pytest.approx(round(arrays), rel=0.005), chip.name
+        assert round(arrays) in (4, 8, 16, 32), chip.name
+        assert 0.95 < chip.usable_hbm_bytes * chip.devices_per_chip / chip.hbm_bytes <= 1.01, chip.name
+        assert len(chip.largest_shape) == chip.torus_axes
+        assert chip.host_chips == 4
+
+
+def test_vmem_is_what_jax_says():
+    from jax._src.pallas.mosaic import tpu_info
+
+    versions = {str(version): version for version in tpu_info.ChipVersion}
+    for name in ("v4", "v5e", "v5p", "v6e", "tpu7x"):
+        version = versions[name.removeprefix("tpu")]
+        cores = version.num_physical_tensor_cores_per_chip
+        info = tpu_info._get_tpu_info_impl(version, cores)
+        assert chip_named(name).vmem_bytes == cores * info.vmem_capacity_bytes, name
 
 
 def test_a_torus_axis_carries_both_links_one_way():
