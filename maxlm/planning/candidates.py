@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 from maxlm.errors import ConfigError, MaxlmError
 from maxlm.models.config import RematConfig
 from maxlm.parallel import support
+from maxlm.parallel.axes_table import STORAGE_AXES
 from maxlm.parallel.mesh import AXES, MeshConfig, resolve_sizes
+from maxlm.planning.layout import network_of
+from maxlm.planning.memory_model import predicted_memory
 from maxlm.planning.roofline import Roofline, roofline
 from maxlm.planning.topology import Topology
 
@@ -34,22 +37,31 @@ ATTENTION = ("q", "k", "v", "flash_out", "flash_lse")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A combination, and what the roofline says of it."""
+    """A combination, and what the roofline says of it: its memory, and its time when that is asked for."""
 
     config: RunConfig
     sizes: Mapping[str, int]
-    roofline: Roofline
+    topology: Topology
     own: bool = False
     """whether it is the config as it was given"""
 
     @cached_property
-    def memory_bytes(self) -> int:
-        return self.roofline.memory["total"]
+    def memory(self) -> Mapping[str, int]:
+        """The roofline's memory by kind."""
+        return predicted_memory(self.config, self.sizes)
 
     @cached_property
+    def roofline(self) -> Roofline:
+        return roofline(self.config, self.topology, self.sizes)
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.memory["total"]
+
+    @property
     def state_bytes(self) -> int:
         """Parameters and optimizer state: what the roofline knows exactly."""
-        return self.roofline.memory["parameters"] + self.roofline.memory["optimizer"]
+        return self.memory["parameters"] + self.memory["optimizer"]
 
     @cached_property
     def seconds(self) -> float:
@@ -69,6 +81,12 @@ class Candidate:
     def choice(self) -> tuple[Any, ...]:
         """What makes it another program than the others."""
         return (*self.placement, self.config.model.remat, self.config.train.accumulation)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """All but how many of the batch's devices share out weights too: `data` against `fsdp`."""
+        others = tuple(self.sizes[axis] for axis in AXES if axis not in STORAGE_AXES)
+        return (*others, self.config.model.remat, self.config.train.accumulation)
 
     @property
     def label(self) -> str:
@@ -150,11 +168,12 @@ def priced(config: RunConfig, topology: Topology) -> tuple[list[Candidate], int]
 
 
 def price(config: RunConfig, topology: Topology, *, own: bool = False) -> Candidate:
-    """The config with its roofline. Raises MaxlmError where the code, the mesh or the network refuses it."""
+    """The config as a candidate. Raises MaxlmError where the code, the mesh or the network refuses it."""
     support.check(config)
     sizes = resolve_sizes(config.mesh, topology.n_devices)
     support.check_mesh(config, sizes)
-    return Candidate(config, sizes, roofline(config, topology, sizes), own)
+    network_of(sizes, topology)
+    return Candidate(config, sizes, topology, own)
 
 
 def meshes(config: RunConfig, n_devices: int) -> Iterator[MeshConfig]:

@@ -106,6 +106,8 @@ def kept_bytes(config: RunConfig, sizes: Mapping[str, int]) -> int:
     """Activations of all layers that wait for the backward pass of a microbatch, in device memory."""
     shapes = Shapes.of(config, sizes)
     carry = shapes.residual_tokens * config.model.d_model * BYTES[config.precision.compute]
+    if "layer_input" in offloaded(config.model):
+        carry = 0
     return int(config.model.n_layers * (carry + kept_per_layer(config, shapes)))
 
 
@@ -130,6 +132,7 @@ def named_bytes(model: ModelConfig, shapes: Shapes, width: int) -> dict[str, flo
     inner = shapes.tokens * shapes.d_ff * width
     lse = shapes.tokens * shapes.heads * 4
     return {
+        "layer_input": 0,  # kept whatever the policy, and counted there
         "q": q,
         "k": kv,
         "v": kv,

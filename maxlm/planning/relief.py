@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from maxlm.errors import MaxlmError
+from maxlm.models.config import RematConfig
 from maxlm.parallel.mesh import AXES, MeshConfig
 from maxlm.planning.candidates import (
     SLACK,
@@ -37,6 +38,10 @@ GIB = 2**30
 
 # A compilation of a large model takes a minute or two: after so many it is left at estimates.
 MOST_COMPILATIONS = 6
+
+# Each chunk of the loss reads and writes the head's gradient, 8 bytes for its 6 FLOPs a token: by the chips' rates that
+# takes longer than the products below 220 (v5p) to 750 tokens (v6e).
+LEAST_CHUNK_TOKENS = 256
 
 Rung = tuple[str, Candidate]
 Ladder = Callable[[Candidate, Topology], Iterator[tuple[str, "RunConfig"]]]
@@ -173,12 +178,12 @@ def _more_microbatches(before: Candidate, topology: Topology) -> Iterator[tuple[
 
 
 def _smaller_loss_chunks(before: Candidate, topology: Topology) -> Iterator[tuple[str, RunConfig]]:
-    """Chunks of half as many tokens, and half again, down to where their products are still efficient."""
-    from maxlm.kernels.cross_entropy import ACCELERATOR_CHUNK_BYTES, ACCELERATOR_LEAST_TOKENS
+    """Chunks of half as many tokens, and half again, down to `LEAST_CHUNK_TOKENS`."""
+    from maxlm.kernels.cross_entropy import ACCELERATOR_CHUNK_BYTES
 
     logits_bytes = 4 * before.config.model.padded_vocab_size // before.sizes[AXES[5]]
     tokens = before.config.loss.chunk_tokens or ACCELERATOR_CHUNK_BYTES // logits_bytes
-    while (tokens := tokens // 2) >= ACCELERATOR_LEAST_TOKENS:
+    while (tokens := tokens // 2) >= LEAST_CHUNK_TOKENS:
         yield f"loss in chunks of {tokens:,} tokens", vary(before.config, chunk_tokens=tokens)
 
 
@@ -205,12 +210,21 @@ def _shard_over_data(before: Candidate, topology: Topology) -> Iterator[tuple[st
 
 
 def _more_tensor(before: Candidate, topology: Topology) -> Iterator[tuple[str, RunConfig]]:
-    """`tensor` grown by a factor taken from `fsdp`: where every device has one row, the rest is cut by position."""
-    fsdp, tensor = before.sizes[AXES[2]], before.sizes[AXES[5]]
+    """`tensor` grown by a factor taken from `fsdp`, with as many more microbatches: a device's rows stay as many, and
+    each is cut by position among more devices. For batches of a row a device, which microbatches cannot make smaller.
+    """
+    fsdp, tensor, accumulation = before.sizes[AXES[2]], before.sizes[AXES[5]], before.config.train.accumulation
     for factor in divisors(fsdp)[1:]:
         sizes = {**before.sizes, AXES[2]: fsdp // factor, AXES[5]: tensor * factor}
         mesh = MeshConfig(**sizes, zero=before.config.mesh.zero)
-        yield f"tensor {tensor * factor}, taken from fsdp", vary(before.config, mesh=mesh)
+        label = f"tensor {tensor * factor}, taken from fsdp, {accumulation * factor} microbatches"
+        yield label, vary(before.config, mesh=mesh, accumulation=accumulation * factor)
+
+
+def _offloaded(before: Candidate, topology: Topology) -> Iterator[tuple[str, RunConfig]]:
+    """What the backward pass needs of a layer, its input alone, waits in the host's memory."""
+    remat = RematConfig(policy="names", offload=("layer_input",))
+    yield "remat full, layers' inputs kept in the host's memory", vary(before.config, remat=remat)
 
 
 LADDERS: tuple[Ladder, ...] = (
@@ -219,13 +233,14 @@ LADDERS: tuple[Ladder, ...] = (
     _smaller_loss_chunks,
     _more_sharding,
     _shard_over_data,
+    _offloaded,
     _more_tensor,
 )
 
 
 def _least_devices(before: Candidate, topology: Topology, used: int) -> dict[str, Any]:
     """How many devices hold the parameters and the optimizer's state, everything sharded over all of them."""
-    sizes, zero, memory = before.sizes, before.config.mesh.zero, before.roofline.memory
+    sizes, zero, memory = before.sizes, before.config.mesh.zero, before.memory
     data, shards = sizes[AXES[1]], sizes[AXES[2]] * sizes[AXES[5]]
     state = memory["parameters"] * shards * (data if zero == 3 else 1)
     state += memory["optimizer"] * shards * (data if zero >= 1 else 1)

@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 
-# At most so many of one mesh are compiled while other meshes wait: the rest would be near-copies.
-A_MESH = 2
+# At most so many of one mesh are compiled, and so many that differ only in how `data` and `fsdp` share the devices,
+# while others wait: the rest would be near-copies.
+A_MESH = A_KIND = 2
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,9 @@ def next_candidate(pool: Sequence[Candidate], trials: Sequence[Trial], budget: i
     """Which candidate to plan after those that were: the fastest that is still worth it, or None.
 
     Where one of a mesh did not fit, larger ones of that mesh are not tried, and where one fitted, slower ones are not.
-    A mesh gets `A_MESH` tries, of different remat policies, while others wait. The roofline's memory is corrected by
-    what the compiler said so far; of those that then seem too large by no more than `SLACK`, a quarter of the budget
-    is tried. When half of it is spent and nothing fits, speed gives way to surety.
+    Near-copies of those that were tried (`A_MESH`, `A_KIND`, only another `mesh.zero`) wait for the others. The
+    roofline's memory is corrected by what the compiler said so far; of those that then seem too large by no more than
+    `SLACK`, a quarter of the budget is tried. When half of it is spent and nothing fits, speed gives way to surety.
     """
     if not trials and pool and pool[0].own:
         return pool[0]
@@ -192,11 +193,17 @@ def next_candidate(pool: Sequence[Candidate], trials: Sequence[Trial], budget: i
         sure = [c for c in left if corrected_bytes(c, bias) <= capacity * (1 - SLACK)]
         return min(sure, key=lambda c: c.seconds) if sure else min(left, key=lambda c: c.memory_bytes)
     remats = {(t.candidate.mesh, t.candidate.config.model.remat) for t in trials}
-    tries = [t.candidate.mesh for t in trials]
+    tries, kinds = [t.candidate.mesh for t in trials], [t.candidate.kind for t in trials]
     n_unsure = sum(corrected_bytes(t.candidate, bias) > capacity for t in trials)
     limit = capacity * (1 + SLACK if 4 * n_unsure < budget else 1)
     likely = [c for c in left if corrected_bytes(c, bias) <= limit]
-    fresh = [c for c in likely if tries.count(c.mesh) < A_MESH and (c.mesh, c.config.model.remat) not in remats]
+    fresh = [
+        c
+        for c in likely
+        if tries.count(c.mesh) < A_MESH
+        and kinds.count(c.kind) < A_KIND
+        and (c.mesh, c.config.model.remat) not in remats
+    ]
     return min(fresh or likely or left, key=lambda c: (c.seconds, c.memory_bytes))
 
 

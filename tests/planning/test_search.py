@@ -15,7 +15,7 @@ from maxlm.parallel.mesh import AXES, MeshConfig
 from maxlm.planning import cache
 from maxlm.planning import search as search_module
 from maxlm.planning.candidates import SLACK, price, priced, remat_choices, shortlisted, vary
-from maxlm.planning.search import A_MESH, search, write_config
+from maxlm.planning.search import A_KIND, A_MESH, search, write_config
 from maxlm.planning.topology import parse_topology
 
 SOURCE = "llama3-8b"
@@ -35,6 +35,22 @@ def topology():
 @pytest.fixture(scope="module")
 def everything(config, topology):
     return priced(config, topology)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _priced_once():
+    """The same config and topology are priced once for all tests: a second or two each."""
+    kept = {}
+
+    def shortlisted_once(config, topology):
+        name = (config.model_dump_json(), topology)
+        if name not in kept:
+            kept[name] = shortlisted(config, topology)
+        return kept[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_module, "shortlisted", shortlisted_once)
+        yield
 
 
 def planner(topology, *, larger=1.0, calls=None):
@@ -131,6 +147,8 @@ def test_what_is_compiled_is_not_near_copies(config, topology):
     assert len(calls) == len(result.trials) == 8
     tried = [trial.candidate.mesh for trial in result.trials]
     assert max(tried.count(mesh) for mesh in tried) <= A_MESH
+    kinds = [trial.candidate.kind for trial in result.trials]
+    assert max(kinds.count(kind) for kind in kinds) <= A_KIND
     with_remat = [(trial.candidate.mesh, trial.candidate.config.model.remat) for trial in result.trials]
     assert len(set(with_remat)) == 8
 
@@ -264,18 +282,19 @@ def best_other_than_own(config, topology, source, overrides):
     return result
 
 
-def test_the_written_config_is_the_chosen_one(topology, tmp_path, monkeypatch):
+def test_the_written_config_is_the_chosen_one(tmp_path, monkeypatch):
     """Of a preset, of a file beside it and elsewhere, and of a run's folder, each with its own way to `extends`."""
     monkeypatch.chdir(tmp_path)
+    topology = parse_topology("v5e:2x4")
     (tmp_path / "mine.yaml").write_text(
-        "extends: llama3-8b\ntrain: {global_batch_tokens: 1048576}\n"
+        "extends: llama-1b\ntrain: {global_batch_tokens: 65536}\n"
         "model: {remat: {policy: names, names: [q, k]}}\ndata: {sources: [{kind: text, paths: [a.txt]}]}\n"
     )
     (tmp_path / "runs" / "one").mkdir(parents=True)
     (tmp_path / "runs" / "one" / "config.yaml").write_text("name: one\nextends: ../../mine.yaml\n")
     reach_into_list = ("data.sources.0.paths=[b.txt]", "optimizer={learning_rate: 1e-4}")
     for source, overrides, out, extends in (
-        ("llama3-8b", SHORT, "best.yaml", "llama3-8b"),
+        ("llama-1b", ("train.global_batch_tokens=65536",), "best.yaml", "llama-1b"),
         ("mine.yaml", reach_into_list, "best.yaml", "mine.yaml"),
         ("mine.yaml", (), "deep/er/best.yaml", "../../mine.yaml"),
         (str(tmp_path / "mine.yaml"), ("name=other",), "best.yaml", "mine.yaml"),
