@@ -195,15 +195,15 @@ def counted(value: Any, noun: str) -> str:
 def verdict(plan: Plan) -> tuple[bool | None, str]:
     """Whether it fits, and the sentence that says by how much."""
     need, have, fits = required(plan), capacity(plan), at(plan, "fits")
-    by = "" if at(plan, "compiled") or at(plan, "out_of_memory") else ", by the roofline, within about 15%"
+    by = "" if at(plan, "compiled") or at(plan, "out_of_memory") else ", by the roofline (within about 15%)"
     if need is None or have is None or not isinstance(fits, bool):
         return None, "Whether it fits is not known."
     margin = number(at(plan, "margin_bytes"))
     margin = have - need if margin is None else margin
     if fits:
         spare = f"{size(margin)} ({share(margin, have)}) to spare"
-        return True, f"Fits: {size(need)} of {size(have)} a device{by}; {spare}."
-    return False, f"Does not fit: needs {size(need)} a device{by}, and has {size(have)}; {size(-margin)} too much."
+        return True, f"Fits{by}: {size(need)} of {size(have)} a device; {spare}."
+    return False, f"Does not fit{by}: needs {size(need)} a device, and has {size(have)}; {size(-margin)} too much."
 
 
 def speed(plan: Plan) -> Grid:

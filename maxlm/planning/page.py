@@ -72,7 +72,7 @@ def _tiles(plan: Plan) -> str:
     tiles = [
         ("step time", step_range(prediction.get("step_seconds")), f"bound by {bound}" if bound else ""),
         ("tokens a second", between(prediction.get("tokens_per_second"), count), "all devices"),
-        ("MFU", between(prediction.get("mfu"), lambda value: figures.share(value, 1)), "model FLOPs over peak"),
+        ("MFU", between(prediction.get("mfu"), lambda value: figures.share(value, 1)), "of the peak"),
         ("time", between(prediction.get("days"), _days), f"for {count(budget)} tokens" if number(budget) else ""),
         ("chip-hours", between(prediction.get("chip_hours"), count), "for all of it"),
         ("memory", size(figures.required(plan)), f"of {size(figures.capacity(plan))} a device"),
@@ -85,15 +85,13 @@ def _tiles(plan: Plan) -> str:
 
 
 def _days(value: Any) -> str:
-    """Days without decimals where they are many, and years where they are very many."""
+    """Years, days, hours or minutes, in few letters."""
     found = number(value) or 0.0
-    return (
-        f"{found / 365.25:,.1f} years"
-        if found >= 1000
-        else f"{found:,.0f} days"
-        if found >= 100
-        else figures.days(value)
-    )
+    if found >= 1000:
+        return f"{found / 365.25:,.1f} years"
+    if found >= 2:
+        return f"{found:,.0f} days" if found >= 100 else f"{found:.1f} days"
+    return f"{found * 24:.1f} h" if found >= 2 / 24 else f"{found * 1440:.1f} min"
 
 
 def _notes(plan: Plan) -> str:

@@ -154,7 +154,7 @@ def test_a_plan_that_was_not_compiled_says_why_and_how_it_would_be():
     assert "Not compiled: libtpu is not installed" in text
     assert "pip install 'maxlm[tpu]'" in text
     assert "Every figure is the roofline's." in text
-    assert "by the roofline, within about 15%" in text
+    assert "Fits, by the roofline (within about 15%): 13.87 GiB of" in text
     plan["not_compiled_because"] = "the roofline alone was asked for"
     text = words_of(printed(show(plan)))
     assert "Not compiled: the roofline alone was asked for." in text
