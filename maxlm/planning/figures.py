@@ -392,7 +392,11 @@ def unit_of(values: Iterable[Any]) -> tuple[float, str]:
 def seconds_unit(values: Iterable[Any]) -> tuple[float, str, int]:
     """The unit that a column of times is read in best, and its decimals."""
     largest = max((abs(value) for value in map(number, values) if value is not None), default=0)
-    return (1, "s", 2) if largest >= 100 else (1e-3, "ms", 1) if largest >= 1e-3 or not largest else (1e-6, "µs", 1)
+    if largest >= 100:
+        return 1, "s", 2
+    if largest >= 1e-3 or not largest:
+        return 1e-3, "ms", 1 if largest >= 1e-2 else 3
+    return 1e-6, "µs", 1
 
 
 def scaled(value: Any, unit: float, decimals: int = 2) -> str:

@@ -70,10 +70,11 @@ def expected(plan: dict[str, Any]) -> list[str]:
     ]
     for seconds in [*prediction["step_seconds"], *plan["analytic"]["step_seconds"]]:
         words.append(f"{seconds:.3f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms")
+    resources = ("compute_seconds", "hbm_seconds", "ici_seconds", "dcn_seconds")
+    unit, _, decimals = figures.seconds_unit(part[key] for part in plan["analytic"]["parts"] for key in resources)
     for part in plan["analytic"]["parts"]:
         words += [part["name"]]
-        for key in ("compute_seconds", "hbm_seconds", "ici_seconds", "dcn_seconds"):
-            words += [f"{part[key] * 1e3:,.1f}"] if part[key] else []
+        words += [f"{part[key] / unit:,.{decimals}f}" for key in resources if part[key]]
     words += [f"{n_bytes / GIB:,.2f}" for n_bytes in plan["analytic"]["memory"].values() if n_bytes]
     return words + (compiled(plan["compiled"]) if plan["compiled"] else []) + ran_out(plan["out_of_memory"])
 
