@@ -134,6 +134,18 @@ def test_the_text_shows_cycles_units_and_spills_and_speaks_of_no_time(loops, sof
     assert max(map(len, text.splitlines())) <= 112
 
 
+def test_where_a_device_is_two_cores_the_text_says_whose_cycles_they_are(softmax):
+    def text(topology: str) -> str:
+        report = KernelReport(
+            "attention-forward", parse_topology(topology), Shape(), (CompiledKernel("softmax.1", {}, softmax),)
+        )
+        return show(report)
+
+    assert "A device of v5p is 2 cores. Runs and cycles are one core's" in text("v5p:2x2x2")
+    assert "cores" not in text("v5e:2x2")
+    assert "cores" not in text("tpu7x:2x2x1")  # two cores a chip, but two devices as well
+
+
 def test_an_unknown_kernel_names_those_that_there_are():
     with pytest.raises(ConfigError, match="no kernel 'attention'; they are attention-forward, attention-backward"):
         kernel_report("attention", V5E)
