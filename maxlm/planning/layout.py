@@ -31,7 +31,7 @@ HOP_SECONDS = {"ici": 1e-6, "nvlink": 2e-6, "dcn": 1e-5}
 DIE_LINKS = 6
 
 # The axes that may spread over slices: those whose collectives are few and large.
-SLICE_AXES = ("pipeline", "data", "fsdp")
+SLICE_AXES = AXES[:3]
 
 KINDS = {
     "all-gather": "all-gather",

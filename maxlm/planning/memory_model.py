@@ -83,7 +83,7 @@ def predicted_memory(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, i
         (0, gradients.accumulated or gradients.all, 0),
     )
     activations, held, temporaries = max(moments, key=sum)
-    batch = config.train.global_batch_tokens // (sizes["data"] * sizes["fsdp"]) * BATCH_ARRAYS_BYTES
+    batch = Shapes.of(config, sizes).tokens * config.train.accumulation * BATCH_ARRAYS_BYTES
     found = {
         **state_bytes(config, sizes),
         "gradients": int(held),

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from maxlm.models.flops import forward_flops
+from maxlm.parallel.axes_table import ACTIVATIONS, STORAGE_AXES
 from maxlm.planning.layout import Cost, collective_cost, network_of
 from maxlm.planning.memory_model import BYTES, Shapes, chunk_tokens, predicted_memory
 from maxlm.planning.recomputation import Again, again
@@ -22,6 +23,9 @@ from maxlm.planning.weights import Weight, weights_of
 
 if TYPE_CHECKING:
     from maxlm.config import RunConfig
+
+# The mesh axes over which the residual stream's positions are gathered before the products and scattered after them.
+LENGTH = ACTIVATIONS["residual_length"]
 
 # Attention's backward makes the scores again, five products for the forward's two (FlashAttention, arXiv:2205.14135,
 # algorithm 4); model FLOPs count four.
@@ -108,7 +112,11 @@ def roofline(config: RunConfig, topology: Topology, sizes: Mapping[str, int]) ->
     ]
     busy = sum(max(part.compute_seconds, part.hbm_seconds) for part in parts)
     ici, dcn = (sum(getattr(part, f"{name}_seconds") for part in parts) for name in ("ici", "dcn"))
-    best = max(busy, ici - reduced.ici_seconds + scattered.ici_seconds, dcn)
+    best = max(
+        busy,
+        ici - reduced.ici_seconds + scattered.ici_seconds,
+        dcn - reduced.dcn_seconds + scattered.dcn_seconds,
+    )
     return Roofline(parts, predicted_memory(config, sizes), (best, busy + ici + dcn))
 
 
@@ -132,7 +140,12 @@ class _Step:
     @property
     def storage(self) -> tuple[str, ...]:
         """The mesh axes that weights are gathered over."""
-        return ("data", "fsdp") if self.config.mesh.zero == 3 else ("fsdp",)
+        return STORAGE_AXES if self.config.mesh.zero == 3 else STORAGE_AXES[1:]
+
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        """The mesh axes that share the batch and not the weights."""
+        return tuple(axis for axis in ACTIVATIONS["batch"] if axis not in self.storage)
 
     def part(self, name: str, *, flops: float = 0.0, hbm: float = 0.0, cost: Cost | None = None) -> Part:
         """A part from what a device does of it in a step."""
@@ -171,9 +184,8 @@ class _Step:
         rows = self.shapes.tokens * model.d_model * self.width
         table = next(weight for weight in weights_of(model) if weight.part == "embedding")
         gradient = 4 * table.at_rest(self.sizes, shard_over_data=self.config.mesh.zero == 3)
-        travel = self.cost("all-to-all", rows, *self.storage) + self.cost("reduce-scatter", rows, "tensor")
-        reduce = () if self.config.mesh.zero == 3 else ("data",)
-        cost = travel + travel + self.cost("all-reduce", gradient, *reduce)
+        travel = self.cost("all-to-all", rows, *self.storage) + self.cost("reduce-scatter", rows, *LENGTH)
+        cost = travel + travel + self.cost("all-reduce", gradient, *self.replicas)
         # Lookup: rows read and written. Gradient: rows in float32 read and written, the table's written twice.
         return self.part("embedding", hbm=n * (2 * rows + 2 * rows * 4 / self.width + 2 * gradient), cost=cost * n)
 
@@ -213,8 +225,8 @@ class _Step:
         for weight in self._gathered("attention" if name == "attention projections" else "mlp"):
             cost += self.cost("all-gather", weight.gathered(self.sizes) * self.width, *self.storage) * 2
         gathers = 2 + (1 if repeated.gathers else 0)
-        cost += self.cost("all-gather", residual, "tensor") * gathers
-        return cost + self.cost("reduce-scatter", residual, "tensor") * 2
+        cost += self.cost("all-gather", residual, *LENGTH) * gathers
+        return cost + self.cost("reduce-scatter", residual, *LENGTH) * 2
 
     def _gathered(self, part: str) -> list[Weight]:
         zero3 = self.config.mesh.zero == 3
@@ -238,7 +250,7 @@ class _Step:
         # Each chunk reads the head twice and adds to its float32 gradient.
         hbm = shapes.tokens * shapes.vocab * LOGIT_BYTES + chunks * head * (2 * self.width + 2 * 4) + 4 * residual
         cost = self.cost("all-gather", head * self.width, *self.storage)
-        cost += self.cost("all-gather", residual, "tensor") + self.cost("reduce-scatter", residual, "tensor")
+        cost += self.cost("all-gather", residual, *LENGTH) + self.cost("reduce-scatter", residual, *LENGTH)
         return self.part("head and loss", flops=3 * self.forward_flops()[3], hbm=n * hbm, cost=cost * n)
 
     def optimizer(self) -> Part:
@@ -250,7 +262,7 @@ class _Step:
         if zero == 1:
             # What was updated in pieces over `data` is brought together again.
             resting = sum(weight.at_rest(self.sizes, shard_over_data=False) for weight in weights)
-            cost = self.cost("all-gather", resting * stored, "data")
+            cost = self.cost("all-gather", resting * stored, *self.replicas)
         return self.part("optimizer", hbm=8 * elements * stored, cost=cost)
 
     def gradient_costs(self) -> tuple[Cost, Cost]:
@@ -260,19 +272,18 @@ class _Step:
         Compilers choose: v5e and v6e scatter with the right options, v5p was seen to all-reduce.
         """
         scattered = reduced = Cost()
-        others = tuple(axis for axis in ("data", "fsdp") if axis not in self.storage)
         zero3 = self.config.mesh.zero == 3
         for weight in weights_of(self.config.model):
             if weight.part == "embedding" and not self.config.model.tied_embeddings:
                 continue  # made where it is stored
             whole = weight.gathered(self.sizes) * self.width
-            piece = weight.at_rest(self.sizes, shard_over_data=zero3) // weight.layers * self.width
-            here = self.cost("all-reduce", piece, *others)
+            everywhere = self.cost("all-reduce", whole, *ACTIVATIONS["batch"])
+            here = everywhere
             if weight.is_gathered(self.sizes, shard_over_data=zero3):
-                here += self.cost("reduce-scatter", whole, *self.storage)
-            elif not others:
-                here = self.cost("all-reduce", whole, *self.storage)
+                piece = weight.at_rest(self.sizes, shard_over_data=zero3) // weight.layers * self.width
+                here = self.cost("reduce-scatter", whole, *self.storage)
+                here += self.cost("all-reduce", piece, *self.replicas)
             scattered += here * weight.layers
-            reduced += self.cost("all-reduce", whole, "data", "fsdp") * weight.layers
+            reduced += everywhere * weight.layers
         n = self.config.train.accumulation
         return scattered * n, reduced * n

@@ -45,8 +45,8 @@ class Weight:
         axes = [axis for name in self.logical for axis in WEIGHTS[name]]
         if not stored:
             axes = [axis for axis in axes if axis not in STORAGE_AXES]
-        elif shard_over_data and "fsdp" in axes:
-            axes.append("data")
+        elif shard_over_data and STORAGE_AXES[1] in axes:
+            axes.append(STORAGE_AXES[0])
         return math.prod(sizes.get(axis, 1) for axis in axes)
 
 

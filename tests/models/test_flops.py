@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from maxlm.models.config import ModelConfig
-from maxlm.models.flops import count_parameters, forward_flops_per_token, training_flops_per_token
+from maxlm.models.flops import count_parameters, forward_flops, forward_flops_per_token, training_flops_per_token
 from tests import tiny
 
 VARIANTS = {
@@ -75,3 +75,19 @@ def test_forward_flops_are_the_compilers_without_its_elementwise_ones():
     counted = 256 * (forward_flops_per_token(run.model, 32) - head)
     # The compiler adds norms, activations and softmax, and computes the masked half of one 32-token tile.
     assert counted <= cost["flops"] <= 1.06 * counted
+
+
+def test_parts_of_the_forward_pass_add_up_and_each_is_its_matmuls():
+    config = ModelConfig(**tiny.LLAMA)
+    parts = forward_flops(config, 32)
+    assert parts.total == forward_flops_per_token(config, 32)
+    d, h, g, k, layers = config.d_model, config.n_heads, config.kv_heads, config.head_width, config.n_layers
+    assert parts.attention_projections == 2 * layers * d * k * (2 * h + 2 * g)
+    assert parts.mlp == 2 * layers * 3 * d * config.d_ff
+    assert parts.head == 2 * d * config.vocab_size
+    assert parts.attention_scores == 4 * layers * h * k * 33 / 2
+
+
+def test_a_dense_model_uses_all_its_parameters():
+    counted = count_parameters(ModelConfig(**tiny.LLAMA))
+    assert counted.active == counted.total
