@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -95,13 +96,13 @@ def compiled_part(config: RunConfig, topology: Topology) -> dict[str, Any]:
 
     def compile_it() -> dict[str, Any]:
         from maxlm.planning.analysis import analyse
-        from maxlm.planning.buffers import parse_out_of_memory
+        from maxlm.planning.buffers import OutOfMemory, parse_out_of_memory
 
         try:
             return {"compiled": analyse(step, compile_step(step), topology), "out_of_memory": None}
         except OutOfMemoryError as error:
-            found = parse_out_of_memory(str(error))
-            return {"compiled": None, "out_of_memory": {**found.to_dict(), "relief": []}}
+            found = parse_out_of_memory(str(error)) or OutOfMemory(None, None, None, [])
+            return {"compiled": None, "out_of_memory": {**asdict(found), "relief": []}}
 
     return cache.remember(name, compile_it)
 
@@ -122,7 +123,7 @@ def required_bytes(plan: Plan, analytic: Roofline) -> int:
     if plan["compiled"] is not None:
         return plan["compiled"]["memory"]["required"]
     if plan["out_of_memory"] is not None:
-        return plan["out_of_memory"]["used"]
+        return plan["out_of_memory"]["used"] or analytic.memory["total"]
     return analytic.memory["total"]
 
 
