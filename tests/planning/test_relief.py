@@ -179,3 +179,26 @@ def test_every_kind_of_remedy_frees_memory_where_it_is_needed(ladder, topology):
     assert len(sizes) > 1
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == len(sizes)
+
+
+@pytest.mark.slow
+def test_a_live_step_that_does_not_fit_is_made_to_fit_by_the_change_that_is_named(tmp_path, monkeypatch):
+    """By the real compiler: a small model with 32 GiB of activations on devices of 16 GB."""
+    pytest.importorskip("libtpu")
+    from maxlm.plan import make_plan
+
+    monkeypatch.setenv("MAXLM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "large.yaml").write_text(
+        "model: {vocab_size: 1024, n_layers: 2, d_model: 256, n_heads: 2, d_ff: 512, max_seq_len: 256}\n"
+        "train: {steps: 20, seq_len: 256, global_batch_tokens: 4194304}\noptimizer: {learning_rate: 1e-3}\n"
+    )
+    topology = parse_topology("v5e:2x2")
+    plan = make_plan(load_config(tmp_path / "large.yaml"), topology)
+    assert not plan["fits"]
+    used, rows = plan["out_of_memory"]["used"], plan["out_of_memory"]["relief"]
+    assert used > topology.hbm_bytes_per_device
+    (solution,) = [row for row in rows if row["how"] == "compiled" and row["fits"]]
+    assert solution["required_bytes"] + solution["saves_bytes"] == used
+    changed = make_plan(load_config(tmp_path / "large.yaml", solution["change"]), topology)
+    assert changed["fits"]
+    assert changed["compiled"]["memory"]["required"] == solution["required_bytes"]

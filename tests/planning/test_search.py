@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 import sys
+from functools import partial
 
 import pytest
 
@@ -339,3 +340,33 @@ def test_remat_choices_name_only_what_the_model_has():
         for remat in remat_choices(config):
             assert RematConfig.model_validate(remat.model_dump()) == remat
             assert config.model.gated or "mlp_gate" not in remat.names
+
+
+@pytest.mark.slow
+def test_a_live_search_compiles_ranks_and_writes_what_it_planned(tmp_path, monkeypatch):
+    """By the real compiler; and again out of the cache, which is not written to a second time."""
+    pytest.importorskip("libtpu")
+    from maxlm.plan import make_plan
+
+    monkeypatch.setenv("MAXLM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tiny.yaml").write_text(
+        "model: {vocab_size: 1024, n_layers: 2, d_model: 256, n_heads: 2, d_ff: 512, max_seq_len: 256}\n"
+        "train: {steps: 20, seq_len: 256, global_batch_tokens: 4096}\noptimizer: {learning_rate: 1e-3}\n"
+    )
+    config, topology = load_config(tmp_path / "tiny.yaml"), parse_topology("v5e:2x2")
+
+    def run():
+        plan_one = partial(make_plan, topology=topology, relief=False)
+        return search(config, topology, plan_one=plan_one, source=tmp_path / "tiny.yaml", compile_best=2)
+
+    result = run()
+    assert [trial.fits for trial in result.trials] == [True, True]
+    assert result.trials[0].plan["compiled"]["program_sha256"] != result.trials[1].plan["compiled"]["program_sha256"]
+    assert result.trials[0].rank_by <= result.trials[1].rank_by
+    write_config(result, tmp_path / "best.yaml")
+    kept = {path: path.stat().st_mtime_ns for path in cache.folder().iterdir()}
+    assert len(kept) == 2
+    assert run().to_dict() == result.to_dict()
+    again = make_plan(load_config(tmp_path / "best.yaml"), topology)
+    assert again["compiled"] == result.best.plan["compiled"]
+    assert {path: path.stat().st_mtime_ns for path in cache.folder().iterdir()} == kept
