@@ -228,7 +228,7 @@ def write_config(result: SearchResult, path: str | Path) -> None:
 
     path = Path(path)
     if result.best is None:
-        raise ConfigError(f"nothing that was compiled fits {result.topology.name}; there is no config to write")
+        raise ConfigError(f"nothing that was planned fits {result.topology.name}; there is no config to write")
     original = find(result.source)
     if path.exists() and path.samefile(original):
         raise ConfigError(f"{path}: is the config that was searched from; give the new one another name")
@@ -273,7 +273,7 @@ def _header(result: SearchResult, best: Trial) -> str:
     basis = (best.plan or {})["prediction"]["basis"]
     required = required_bytes(best.plan) or 0
     lines = (
-        f"Found by `{command}`: the fastest that fits, by prediction, of {len(result.trials)} compiled "
+        f"Found by `{command}`: the fastest that fits, by prediction, of {len(result.trials)} planned "
         f"and {result.shortlist.considered:,} considered.",
         f"Topology: {of_slices}{topology.name} ({topology.accelerator}, {topology.n_devices} devices)",
         f"Choice: {best.candidate.label}",

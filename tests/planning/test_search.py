@@ -195,7 +195,7 @@ def test_where_nothing_fits_there_is_no_best_and_no_config(config, topology, tmp
     assert result.best is None
     assert result.to_dict()["best"] is None
     assert all(row["required_bytes"] > topology.hbm_bytes_per_device for row in result.to_dict()["ranking"])
-    with pytest.raises(ConfigError, match="nothing that was compiled fits v5e:8x8"):
+    with pytest.raises(ConfigError, match="nothing that was planned fits v5e:8x8"):
         write_config(result, tmp_path / "best.yaml")
 
 
