@@ -46,6 +46,7 @@ class LoweredStep:
     """The step as StableHLO, before the compiler: its hash is the same for a plan and for the run planned."""
 
     lowered: jax.stages.Lowered
+    topology: Topology
     program_sha256: str
     sizes: dict[str, int]
     device_order: tuple[int, ...]
@@ -143,6 +144,7 @@ def lower_step(config: RunConfig, topology: Topology) -> LoweredStep:
         lowered = Program(config, mesh).lower()
     return LoweredStep(
         lowered=lowered,
+        topology=topology,
         program_sha256=program_hash(lowered),
         sizes=dict(mesh.shape),
         device_order=tuple(int(device.id) for device in mesh.devices.flat),
@@ -168,6 +170,23 @@ def compile_step(step: LoweredStep) -> CompiledStep:
             raise OutOfMemoryError(str(error)) from error
         raise
     stats: Any = compiled.memory_analysis()
+    cost = compiled.cost_analysis() or {}
+    return CompiledStep(
+        text=compiled.as_text() or "",
+        memory=_memory(stats, step.topology),
+        flops=cost.get("flops"),
+        compile_seconds=time.perf_counter() - began,
+        cpu_seconds=time.process_time() - cpu_began,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def _memory(stats: Any, topology: Topology) -> dict[str, int]:
+    """The compiler's own figures, with what a device has to have: `required`.
+
+    libtpu's `temp` counts the gaps between buffers twice (its log: a heap of 138.88 MB, of which 22.03 MB are gaps, and
+    a `temp` of 160.91 MB), and its `peak` not at all: the heap lies in the middle.
+    """
     memory = {
         "argument": stats.argument_size_in_bytes,
         "output": stats.output_size_in_bytes,
@@ -177,13 +196,9 @@ def compile_step(step: LoweredStep) -> CompiledStep:
         "code": stats.generated_code_size_in_bytes,
         "peak": stats.peak_memory_in_bytes,
     }
-    memory["required"] = memory["argument"] + memory["output"] - memory["alias"] + memory["temp"] + memory["code"]
-    cost = compiled.cost_analysis() or {}
-    return CompiledStep(
-        text=compiled.as_text() or "",
-        memory=memory,
-        flops=cost.get("flops"),
-        compile_seconds=time.perf_counter() - began,
-        cpu_seconds=time.process_time() - cpu_began,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    )
+    besides = memory["argument"] + memory["output"] - memory["alias"] + memory["code"]
+    heap = memory["temp"]
+    if topology.is_tpu:
+        heap = (memory["temp"] + max(memory["peak"] - besides, 0)) // 2
+    memory["required"] = besides + heap
+    return memory
