@@ -120,6 +120,9 @@ def _summed_forward(x, w, targets, weights, how: _How):
     out_specs = (PartitionSpec(), PartitionSpec(), in_specs[0], in_specs[1], in_specs[3])
     run = manual.on_each_device(partial(_local_gradients, how=how, w_axes=manual.axes_of(w, 1)), in_specs, out_specs)
     nll_sum, z_sum, dx, dw, dweights = run(x, w, targets, weights)
+    # Nothing needs the head's gradient before the optimizer, and compilers put it off until then, with logits or a
+    # whole float32 gradient alive during all of the layers' backward pass. It is to be there, and scattered, before.
+    dx, dw = jax.lax.optimization_barrier((dx, dw))
     return (nll_sum + z_sum, {"nll_sum": nll_sum, "z_sum": z_sum}), (dx, dw, dweights)
 
 
