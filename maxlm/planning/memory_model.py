@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from maxlm.models.config import ModelConfig
 from maxlm.parallel.axes_table import ACTIVATIONS
-from maxlm.planning.recomputation import PRODUCTS, offloaded
+from maxlm.planning.recomputation import PRODUCTS
 from maxlm.planning.weights import weights_of
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def predicted_memory(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, i
     cast = _cast_bytes(config, sizes)
     # Each moment: activations, gradients, temporaries.
     moments = (
-        (kept, gradients.accumulated + gradients.head, cast + _loss_bytes(config, sizes)),
+        (kept, gradients.accumulated + gradients.whole_head, cast + _loss_bytes(config, sizes)),
         (
             kept,
             gradients.accumulated + gradients.layers + gradients.head,
@@ -106,7 +106,7 @@ def kept_bytes(config: RunConfig, sizes: Mapping[str, int]) -> int:
     """Activations of all layers that wait for the backward pass of a microbatch, in device memory."""
     shapes = Shapes.of(config, sizes)
     carry = shapes.residual_tokens * config.model.d_model * BYTES[config.precision.compute]
-    if "layer_input" in offloaded(config.model):
+    if "layer_input" in config.model.remat.offload:
         carry = 0
     return int(config.model.n_layers * (carry + kept_per_layer(config, shapes)))
 
@@ -118,7 +118,7 @@ def kept_per_layer(config: RunConfig, shapes: Shapes) -> float:
     if model.remat.policy == "full":
         return 0
     if model.remat.policy == "names":
-        return sum(named[name] for name in set(model.remat.names) - set(offloaded(model)))
+        return sum(named[name] for name in set(model.remat.names) - set(model.remat.offload))
     if model.remat.policy == "dots":
         return sum(named[name] for name in PRODUCTS)
     return _everything(model, shapes, named, width)
@@ -167,8 +167,10 @@ class _Gradients:
     """float32 sums over microbatches, besides the gradients of the present one; 0 without accumulation"""
     layers: int
     """of all layers, as the backward pass stacks them: where and in the format in which the parameters rest"""
+    whole_head: int
+    """of the head while the loss makes it: added up in float32 over chunks; where there is one chunk, it never is"""
     head: int
-    """of the head, made with the loss: on all devices whole, since compilers scatter it after the layers' backward"""
+    """of the head after that, as it rests"""
     all: int
 
     @classmethod
@@ -180,12 +182,12 @@ class _Gradients:
         everything = sum(size for _, size in at_rest)
         layers = sum(size for weight, size in at_rest if weight.part not in ("embedding", "head"))
         shapes = Shapes.of(config, sizes)
-        # Added up in float32 over chunks of the loss; where there is one chunk, it never is.
         width = BYTES[config.precision.compute] if chunk_tokens(config, shapes) >= shapes.tokens else 4
         return cls(
             accumulated=4 * everything if config.train.accumulation > 1 else 0,
             layers=stored * layers,
-            head=width * shapes.vocab * model.d_model,
+            whole_head=width * shapes.vocab * model.d_model,
+            head=stored * next(size for weight, size in at_rest if weight.part == "embedding"),
             all=stored * everything,
         )
 

@@ -41,12 +41,7 @@ def kept(model: ModelConfig) -> frozenset[str]:
         return frozenset((*PRODUCTS, "flash_out"))
     if remat.policy == "dots":
         return frozenset(PRODUCTS)
-    return frozenset(remat.names) | frozenset(offloaded(model))
-
-
-def offloaded(model: ModelConfig) -> tuple[str, ...]:
-    """Names that are moved to the host's memory."""
-    return tuple(getattr(model.remat, "offload", ()))
+    return frozenset(remat.names) | frozenset(remat.offload)
 
 
 def again(model: ModelConfig) -> Again:
