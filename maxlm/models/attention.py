@@ -80,15 +80,15 @@ class Attention(nnx.Module):
             q_offset_B=context.lengths_B,
             implementation=self.config.attention_implementation,
         )
-        y_BTD = project(o_BTHK, use(self.o, self.dtype), *context.residual)
+        y_BTD = project(o_BTHK, self.o, self.dtype, *context.residual)
         if self.config.attention_out_bias:
             y_BTD = y_BTD + use(self.o_bias, self.dtype)
         return checkpoint_name(y_BTD, "attention_out"), cache
 
     def _project(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q_BTHK = project(x_BTD, use(self.q, self.dtype))
-        k_BTGK = project(x_BTD, use(self.k, self.dtype))
-        v_BTGK = project(x_BTD, use(self.v, self.dtype))
+        q_BTHK = project(x_BTD, self.q, self.dtype)
+        k_BTGK = project(x_BTD, self.k, self.dtype)
+        v_BTGK = project(x_BTD, self.v, self.dtype)
         if self.config.attention_bias:
             q_BTHK = q_BTHK + use(self.q_bias, self.dtype)
             k_BTGK = k_BTGK + use(self.k_bias, self.dtype)

@@ -14,7 +14,7 @@ from maxlm.models.attention import Attention, Context, LayerCache
 from maxlm.models.config import ModelConfig, RematConfig
 from maxlm.models.layers import Initializer, model_norm
 from maxlm.models.mlp import MLP
-from maxlm.parallel.axes import ACTIVATIONS
+from maxlm.parallel.axes import mesh_axes, names_in
 
 
 class Block(nnx.Module):
@@ -62,7 +62,7 @@ def remat_policy(remat: RematConfig) -> Callable[..., Any]:
     keep = {
         "none": policies.everything_saveable,
         "full": policies.nothing_saveable,
-        "dots": _is_product,
+        "dots": policies.dots_with_no_batch_dims_saveable,
         "names": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=list(remat.names),
             names_which_can_be_offloaded=list(remat.offload),
@@ -70,23 +70,16 @@ def remat_policy(remat: RematConfig) -> Callable[..., Any]:
             offload_dst="pinned_host",
         ),
     }[remat.policy]
-    batch_axes = set(ACTIVATIONS["batch"])
 
     def policy(primitive: Any, *inputs: Any, **params: Any) -> Any:
         if primitive.name == "convert_element_type":
             return False
-        if primitive.name == "reshard" and not batch_axes & _axes_in(params["dst_sharding"].spec):
+        if primitive.name == "reshard" and not _batch_axes_in(params["dst_sharding"].spec):
             return False
         return keep(primitive, *inputs, **params)
 
     return policy
 
 
-def _is_product(primitive: Any, *inputs: Any, **params: Any) -> bool:
-    """Whether it is a product of `layers.project`, whose own backward hides the dot in it from JAX's policies."""
-    jaxpr = params.get("call_jaxpr")
-    return primitive.name == "custom_vjp_call" and any(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
-
-
-def _axes_in(spec: jax.sharding.PartitionSpec) -> set[str]:
-    return {axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)}
+def _batch_axes_in(spec: jax.sharding.PartitionSpec) -> set[str]:
+    return {axis for entry in spec for axis in names_in(entry)} & set(mesh_axes("batch"))

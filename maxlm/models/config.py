@@ -34,8 +34,8 @@ class RematConfig(Section):
             )
         if (self.policy == "names") != bool(self.names or self.offload):
             raise ValueError(
-                f"policy {self.policy!r} with names {list(self.names)} and offload {list(self.offload)}: they are given "
-                "with policy 'names' only, at least one of them"
+                f"policy {self.policy!r} with names {list(self.names)} and offload {list(self.offload)}: with policy "
+                "'names' at least one of them is given, with another none"
             )
         if both := set(self.names) & set(self.offload):
             raise ValueError(f"{sorted(both)} stand in both names and offload; keep each in one memory")

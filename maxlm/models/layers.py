@@ -7,13 +7,16 @@ G key and value heads, K head width, V padded vocabulary, L layers.
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from maxlm.kernels import manual
 from maxlm.models.config import ModelConfig
 from maxlm.parallel import axes
 
@@ -58,39 +61,80 @@ def use(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     return axes.gather(param[...].astype(dtype), param.get_metadata("axes"))
 
 
-def project(x: jax.Array, weight: jax.Array, *logical: str | None) -> jax.Array:
-    """`x [B, T, *in]` times `weight [*in, *out]`: `[B, T, *out]`, laid out by the logical axes if given.
+def project(x: jax.Array, param: nnx.Param, dtype: jnp.dtype, *logical: str | None) -> jax.Array:
+    """`x [B, T, *in]` times a weight `[*in, *out]`: `[B, T, *out]`, laid out by the logical axes if given.
 
-    Without them the result's sharding follows from the operands', as it does where no contracted axis is sharded.
+    The weight is cast and gathered here, as by `use`. Without logical axes the result's sharding follows from the
+    operands', as it does where no contracted axis is sharded.
     """
-    return _project(x, weight, axes.activation_spec(*logical) if logical else None)
+    spec = axes.activation_spec(*logical) if logical else None
+    return _project(x, param[...].astype(dtype), spec, axes.gathered_spec(param.get_metadata("axes")))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _project(x: jax.Array, weight: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _project(x: jax.Array, weight: jax.Array, spec: PartitionSpec | None, gathered: PartitionSpec) -> jax.Array:
+    return _project_forward(x, weight, spec, gathered)[0]
+
+
+def _project_forward(x, weight, spec, gathered):
+    stored = jax.typeof(weight)
+    weight = jax.sharding.reshard(weight, gathered)
     n_in = x.ndim - 2
     contracted = tuple(range(2, x.ndim)), tuple(range(n_in))
-    return jax.lax.dot_general(x, weight, (contracted, ((), ())), out_sharding=spec)
+    return jax.lax.dot_general(x, weight, (contracted, ((), ())), out_sharding=spec), (x, weight, _Stored(stored))
 
 
-def _project_forward(x, weight, spec):
-    return _project(x, weight, spec), (x, weight)
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Stored:
+    """How a weight rests: its type, with its sharding."""
+
+    type: Any
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """One entry a dimension."""
+        spec = self.type.sharding.spec
+        return PartitionSpec(*spec, *(None,) * (self.type.ndim - len(spec)))
 
 
-def _project_backward(spec, saved, dy):
+def _project_backward(spec, gathered, saved, dy):
     """The two products of autodiff, but with the rows of the weight gradient's operands flattened first: contracted
     over B and T as two axes, XLA's CPU backend transposes both operands in memory, which takes three times as long."""
-    x, weight = saved
-    n_in, x_spec, weight_spec = x.ndim - 2, jax.typeof(x).sharding.spec, jax.typeof(weight).sharding.spec
-    dy = jax.sharding.reshard(dy, PartitionSpec(*x_spec[:2], *weight_spec[n_in:]))
+    x, weight, stored = saved
+    n_in, x_spec = x.ndim - 2, jax.typeof(x).sharding.spec
+    dy = jax.sharding.reshard(dy, PartitionSpec(*x_spec[:2], *gathered[n_in:]))
     contracted = tuple(range(2, dy.ndim)), tuple(range(n_in, weight.ndim))
     dx = jax.lax.dot_general(dy, weight, (contracted, ((), ())), out_sharding=PartitionSpec(*x_spec))
     x_rows, dy_rows = (a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]) for a in (x, dy))
-    dw = jax.lax.dot_general(x_rows, dy_rows, (((0,), (0,)), ((), ())), out_sharding=PartitionSpec(*weight_spec))
-    return dx, dw
+    return dx, _weight_gradient(x_rows, dy_rows, gathered, stored.spec)
 
 
 _project.defvjp(_project_forward, _project_backward)
+
+
+def _weight_gradient(x: jax.Array, dy: jax.Array, gathered: PartitionSpec, stored: PartitionSpec) -> jax.Array:
+    """`x [N, *in]` and `dy [N, *out]` contracted over rows: `[*in, *out]`, summed over the batch's devices, as stored.
+
+    Where some mesh axes only copy the weight and others shard it, the sum is scattered over the second and the shards
+    alone are added over the first, by hand: XLA sums the whole gradient over all devices there and cuts it afterwards.
+    """
+    batch = tuple(axis for axis in axes.mesh_axes("batch") if manual.count((axis,)) > 1)
+    shards = tuple(tuple(axis for axis in axes.names_in(entry) if axis in batch) for entry in stored)
+    scattered = {axis for entry in shards for axis in entry}
+    copied = tuple(axis for axis in batch if axis not in scattered)
+    if not (scattered and copied):
+        dw = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())), out_sharding=gathered)
+        return jax.sharding.reshard(dw, stored)
+
+    def local(x: jax.Array, dy: jax.Array) -> jax.Array:
+        dw = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
+        for dimension, entry in enumerate(shards):
+            dw = manual.scattered_total(dw, entry, dimension)
+        return manual.total(dw, copied)
+
+    in_specs = jax.typeof(x).sharding.spec, jax.typeof(dy).sharding.spec
+    return manual.on_each_device(local, in_specs, stored)(x, dy)
 
 
 class Norm(nnx.Module):

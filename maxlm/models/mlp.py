@@ -44,18 +44,18 @@ class MLP(nnx.Module):
         """The block's addition to the residual stream."""
         x_BTD = constrain(x_BTD, "batch", "length", "embed")
         activation = ACTIVATIONS[self.config.mlp]
-        up_BTF = project(x_BTD, use(self.up, self.dtype))
+        up_BTF = project(x_BTD, self.up, self.dtype)
         if self.config.mlp_bias:
             up_BTF = up_BTF + use(self.up_bias, self.dtype)
         up_BTF = checkpoint_name(up_BTF, "mlp_up")
         if self.config.gated:
-            gate_BTF = project(x_BTD, use(self.gate, self.dtype))
+            gate_BTF = project(x_BTD, self.gate, self.dtype)
             if self.config.mlp_bias:
                 gate_BTF = gate_BTF + use(self.gate_bias, self.dtype)
             hidden_BTF = activation(checkpoint_name(gate_BTF, "mlp_gate")) * up_BTF
         else:
             hidden_BTF = activation(up_BTF)
-        y_BTD = project(hidden_BTF, use(self.down, self.dtype), *context.residual)
+        y_BTD = project(hidden_BTF, self.down, self.dtype, *context.residual)
         if self.config.mlp_bias:
             y_BTD = y_BTD + use(self.down_bias, self.dtype)
         return checkpoint_name(y_BTD, "mlp_out")

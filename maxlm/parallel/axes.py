@@ -66,6 +66,11 @@ def shards_of(name: str, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) ->
     return math.prod(mesh.shape[axis] for axis in ACTIVATIONS[name])
 
 
+def names_in(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 def _entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
     if not axes:
         return None

@@ -19,22 +19,22 @@ class Option:
 
 
 _WINDOWS = (
-    "{} KiB of VMEM for one fused operation instead of 16,384: the feed-forward block of a Llama-3 8B layer, forward and "
-    "backward, takes {} of the compiler's cycles"
+    "{} KiB of VMEM for one fused operation instead of 16,384: the feed-forward block of a Llama-3 8B layer takes "
+    "{} of the compiler's cycles"
 )
 _LATENCY_HIDING = Option(
     "true",
-    "on an A100 every collective is synchronous without it; on an H100 it is what the compiler does anyway, and so kept "
-    "should its estimator of latencies be off",
+    "on an A100 every collective is synchronous without it; on an H100 it is what the compiler does anyway, as "
+    "long as its estimator of latencies is on",
 )
 
 OPTIONS: Mapping[str, Mapping[str, Option]] = {
     "v5e": {"xla_tpu_scoped_vmem_limit_kib": Option("32768", _WINDOWS.format("32,768", "0.87"))},
     "v5p": {"xla_tpu_scoped_vmem_limit_kib": Option("24576", _WINDOWS.format("24,576", "0.85"))},
-} | dict.fromkeys(
-    ("A100-40GB", "A100-80GB", "H100", "H200", "B200"),
-    {"xla_gpu_enable_latency_hiding_scheduler": _LATENCY_HIDING},
-)
+} | {
+    chip: {"xla_gpu_enable_latency_hiding_scheduler": _LATENCY_HIDING}
+    for chip in ("A100-40GB", "A100-80GB", "H100", "H200", "B200")
+}
 
 
 def compiler_options(chip_name: str | None) -> dict[str, str | bool]:
