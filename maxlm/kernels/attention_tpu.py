@@ -6,6 +6,8 @@ interpreted, which is for tests. Shape letters as in `attention_reference.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -47,9 +49,11 @@ def attend(
     """The output `[B, T, H, V]` in q's dtype, differentiable; its output and log-sum-exp are named `flash_out`."""
     kernel = _kernel(q_BTHK.shape[1], k_BSGK.shape[1], q_BTHK.shape[2], mask, softcap, interpret)
     q, k, v = (x.swapaxes(1, 2) for x in (q_BTHK * jnp.asarray(scale, q_BTHK.dtype), k_BSGK, v_BSGV))
-    if segments_BT is None:
-        return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
-    o_BHTV = jax.vmap(kernel)(q, k, v, splash.SegmentIds(q=segments_BT, kv=kv_segments_BS))
+    # The kernel's type says that it might return residuals too.
+    run: Any = jax.vmap(kernel)
+    if segments_BT is None or kv_segments_BS is None:
+        return run(q, k, v).swapaxes(1, 2)
+    o_BHTV = run(q, k, v, splash.SegmentIds(q=segments_BT, kv=kv_segments_BS))
     # Padding (segment 0) attends to padding in there, and to nothing by contract.
     return jnp.where((segments_BT != 0)[:, :, None, None], o_BHTV.swapaxes(1, 2), 0)
 

@@ -156,7 +156,7 @@ def _local_token_losses(x_BTD, w_VD, targets_BT, *, how: _How, w_axes: manual.Ax
 
 
 def _local_gradients(x_BTD, w_VD, targets_BT, weights_BT, *, how: _How, w_axes: manual.Axes):
-    """The sums, and their gradients by x (in its dtype), w (in its dtype, a device's tokens added up in float32), weights.
+    """The sums, and their gradients by x, w and weights, in their dtypes; w's is added up in float32 on each device.
 
     With `e` the exponentials of a row but its target's, and `a = 1 + 2 z_loss lse`, the row of logit gradients is
     `weight a / s * E`, where `E = e` except `e_y - s / a` at the target. Multiplying by `E` and scaling the products

@@ -25,10 +25,10 @@ def embed(
 ) -> jax.Array:
     """The row of each token, `[B, T, D]` in `dtype` (the table's unless given); zeros for one that is not in the table.
 
-    Rows and their gradients travel in `dtype`. The result is sharded over the batch and, by `length_axis`, over positions: `residual_length` as the residual stream
-    of training, `length` (positions whole) for decoding. The table's gradient is added up in float32, and lies as
-    the table does: over the vocabulary, and over D by any of the batch's mesh axes. Raises ValueError on a table that
-    is not two-dimensional or tokens that are not integers.
+    Rows and their gradients travel in `dtype`. The result is sharded over the batch and, by `length_axis`, over
+    positions: `residual_length` as the residual stream of training, `length` (positions whole) for decoding. The
+    table's gradient is added up in float32, and lies as the table does: over the vocabulary, and over D by any of the
+    batch's mesh axes. Raises ValueError on a table that is not two-dimensional or tokens that are not integers.
     """
     if table_VD.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
         raise ValueError(f"embed: a table {table_VD.shape} by tokens of {tokens_BT.dtype}; need [V, D] by integers")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 class Option:
     """One setting of the compiler, and what was measured that speaks for it."""
 
-    value: str
+    value: str | bool
     reason: str
 
 
@@ -23,7 +23,7 @@ _WINDOWS = (
     "{} of the compiler's cycles"
 )
 _LATENCY_HIDING = Option(
-    "true",
+    True,
     "on an A100 every collective is synchronous without it; on an H100 it is what the compiler does anyway, as "
     "long as its estimator of latencies is on",
 )
