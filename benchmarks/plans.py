@@ -2,7 +2,6 @@
 
 Each is a process of its own, so that memory and processor time are its own. TPU plans need the `tpu` extra, those
 of GPUs the `cuda12` extra; what is not installed is left out with a word. About two minutes each on two cores.
-`python benchmarks/plans.py --table` prints the tables of docs/planning.md from what is there.
 """
 
 from __future__ import annotations

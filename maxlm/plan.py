@@ -91,7 +91,7 @@ def make_plan(config: RunConfig, topology: Topology, *, compiled: bool = True, r
 def compiled_part(config: RunConfig, topology: Topology) -> dict[str, Any]:
     """What the compiler says of the config's step, kept from an earlier time where it has been asked before."""
     step = lower_step(config, topology)
-    where = f"{topology.name}*{topology.slices}"
+    where = f"{topology.name}*{topology.slices} {step.device_order}"
     name = cache.key(step.lowered.as_text(), step.options, where, versions(topology))
 
     def compile_it() -> dict[str, Any]:

@@ -26,6 +26,7 @@ from maxlm.models.flops import count_parameters, training_flops_per_token
 from maxlm.models.losses import Batch
 from maxlm.parallel import distributed, support
 from maxlm.parallel.mesh import make_mesh
+from maxlm.planning.compile import program_hash
 from maxlm.planning.hardware import chip_of, peak_flops_per_device
 from maxlm.planning.xla_options import compiler_options
 from maxlm.run_lock import RunLock
@@ -54,11 +55,12 @@ def train(config: RunConfig) -> None:
         loader = open_data(program)
         state, done = start(program, checkpoints, loader)
         with make_metrics(program, done) as metrics:
+            lowered = program.lower()
             if distributed.is_main():
-                write_run_files(program)
+                write_run_files(program, program_hash(lowered))
             if done:
                 metrics.say(f"resumed {config.run_dir} after step {done:,}")
-            loop(program, state, done, loader, checkpoints, metrics, signals, began)
+            loop(program, lowered, state, done, loader, checkpoints, metrics, signals, began)
 
 
 def start(program: Program, checkpoints: Checkpoints, loader: Loader) -> tuple[TrainState, int]:
@@ -115,6 +117,7 @@ def open_data(program: Program) -> Loader:
 
 def loop(
     program: Program,
+    lowered: jax.stages.Lowered,
     state: TrainState,
     done: int,
     loader: Loader,
@@ -128,7 +131,6 @@ def loop(
     if done >= total:
         metrics.say(f"nothing to do: {config.run_dir} has done {done:,} steps; raise train.steps to go on")
         return
-    lowered = program.lower()
     chip = chip_of(program.mesh.devices.flat[0])
     step_program = lowered.compile(compiler_options=compiler_options(chip and chip.name) or None)
     batches = training_batches(program, loader, done)
@@ -230,8 +232,11 @@ def run_meta(step: int, config: RunConfig, loader: Loader) -> dict[str, Any]:
     }
 
 
-def write_run_files(program: Program) -> None:
-    """The resolved config, and what the run runs on, for whoever opens the folder later."""
+def write_run_files(program: Program, program_sha256: str) -> None:
+    """The resolved config, and what the run runs on, for whoever opens the folder later.
+
+    The hash is of the step's StableHLO: a plan for the same devices has the same one.
+    """
     run_dir = Path(program.config.run_dir)
     parameters = count_parameters(program.config.model)
     about = {
@@ -241,6 +246,7 @@ def write_run_files(program: Program) -> None:
         "devices": f"{program.mesh.size} x {program.mesh.devices.flat[0].device_kind}",
         "mesh": {axis: size for axis, size in program.mesh.shape.items() if size > 1},
         "processes": jax.process_count(),
+        "program_sha256": program_sha256,
         "versions": {
             "maxlm": maxlm.__version__,
             "python": platform.python_version(),

@@ -131,17 +131,8 @@ def lower_step(config: RunConfig, topology: Topology) -> LoweredStep:
     Raises CompilerMissingError, and ClusterError or ConfigError where mesh, model and batch do not suit each other.
     """
     devices = topology_devices(topology)
-    import jax
-
-    from maxlm.parallel import support
-    from maxlm.parallel.mesh import make_mesh
-    from maxlm.training.program import Program
-
-    mesh = make_mesh(config.mesh, devices)
-    support.check_mesh(config, dict(mesh.shape))
     began = time.perf_counter()
-    with jax.set_mesh(mesh):
-        lowered = Program(config, mesh).lower()
+    lowered, mesh = lower_on(config, devices)
     return LoweredStep(
         lowered=lowered,
         topology=topology,
@@ -151,6 +142,20 @@ def lower_step(config: RunConfig, topology: Topology) -> LoweredStep:
         options=compiler_options(topology.chip.name),
         seconds=time.perf_counter() - began,
     )
+
+
+def lower_on(config: RunConfig, devices: list[Any]) -> tuple[jax.stages.Lowered, jax.sharding.Mesh]:
+    """The step of a config lowered for devices, which need not be here, and its mesh over them."""
+    import jax
+
+    from maxlm.parallel import support
+    from maxlm.parallel.mesh import make_mesh
+    from maxlm.training.program import Program
+
+    mesh = make_mesh(config.mesh, devices)
+    support.check_mesh(config, dict(mesh.shape))
+    with jax.set_mesh(mesh):
+        return Program(config, mesh).lower(), mesh
 
 
 def program_hash(lowered: jax.stages.Lowered) -> str:

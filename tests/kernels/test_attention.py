@@ -109,6 +109,37 @@ def test_output_and_gradients_equal_the_float64_truth(case: Case, monkeypatch: p
         truth.assert_close(x, y, truth.tolerance(x.dtype), name, least_scale=1.0)
 
 
+PALLAS = [  # T, heads, key heads, K, mask, segments, softcap, dtype
+    (128, 2, 1, 64, Mask(), False, None, "float32"),
+    (256, 4, 2, 128, Mask(), True, None, "float32"),
+    (256, 2, 2, 64, Mask(window=40), True, 5.0, "float32"),
+    (128, 2, 1, 64, Mask(causal=False), True, None, "float32"),
+    (256, 2, 1, 64, Mask(causal=False, window=33), False, 3.0, "float32"),
+    (256, 2, 1, 128, Mask(), True, None, "bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("T", "H", "G", "K", "mask", "segments", "softcap", "dtype"), PALLAS)
+def test_the_tpu_kernel_interpreted_equals_the_float64_truth(T, H, G, K, mask, segments, softcap, dtype):
+    q, k, v, do, rows = inputs(2, T, T, H, G, K, K, dtype, 3, segments)
+    got = output_and_gradients(q, k, v, do, mask=mask, segments_BT=rows, softcap=softcap, implementation="pallas")
+    expected = truth.attention(q, k, v, do, allowed_by(mask, rows, 2, T, T), K**-0.5, softcap)
+    for name, x, y in zip(("o", "dq", "dk", "dv"), got, expected, strict=True):
+        assert x.dtype == jnp.dtype(dtype)
+        truth.assert_close(x, y, truth.tolerance(x.dtype), name, least_scale=1.0)
+
+
+def test_the_tpu_kernel_on_a_mesh_gives_what_one_device_gives():
+    q, k, v, do, rows = inputs(4, 128, 128, 4, 2, 64, 64, segments=True)
+    one = output_and_gradients(q, k, v, do, mask=Mask(), segments_BT=rows, implementation="pallas")
+    with jax.set_mesh(truth.mesh_of(truth.SHARDED)):
+        put = [truth.put(x, PartitionSpec()) for x in (q, k, v, do, rows)]
+        put[3] = truth.put(do, activation_spec("batch", "length", "heads", None))
+        many = output_and_gradients(*put[:4], mask=Mask(), segments_BT=put[4], implementation="pallas")
+    for x, y in zip(many, one, strict=True):
+        truth.assert_close(x, np.asarray(y, np.float64), truth.FLOAT32_TOLERANCE)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 def test_query_with_nothing_to_attend_to_gives_zero_and_no_gradient(implementation: str):
     q, k, v, do, _ = inputs(2, 8, 8, 2, 2, 4, 4)
@@ -232,8 +263,9 @@ def test_implementation_is_chosen_by_the_mesh_and_not_by_the_host():
 
 
 def test_automatic_choice_is_chunked_and_cached_decoding_is_the_reference():
-    assert choose("auto", cached=False) == "chunked"
-    assert choose("chunked", cached=True) == choose("reference", cached=False) == "reference"
+    assert choose("auto", None, cached=False) == "chunked"
+    assert choose("auto", "too short", cached=False) == "chunked"
+    assert choose("chunked", None, cached=True) == choose("reference", None, cached=False) == "reference"
 
 
 @pytest.mark.parametrize(
@@ -243,7 +275,8 @@ def test_automatic_choice_is_chunked_and_cached_decoding_is_the_reference():
         ({"q": (2, 8, 3, 8)}, "3 query heads are not a multiple of 2"),
         ({"q": (2, 8, 2, 4)}, "keys .* do not fit queries"),
         ({"segments": (2, 7)}, r"segments \(2, 7\) do not fit queries"),
-        ({"implementation": "pallas"}, "'pallas' is not one of auto, reference, chunked"),
+        ({"implementation": "cudnn"}, "'cudnn' is not one of auto, reference, chunked, pallas"),
+        ({"implementation": "pallas"}, "'pallas': 8 queries are not a multiple of 128; use 'auto' or 'chunked'"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(change: dict, message: str):
