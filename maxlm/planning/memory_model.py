@@ -27,6 +27,8 @@ BATCH_ARRAYS_BYTES = 5 * 4  # training/program.py: five arrays of 4 bytes a toke
 # kernels/cross_entropy.py chooses the tokens of a chunk so (it needs JAX, and the planner's first answer has none).
 CHUNK_BYTES, LEAST_CHUNK_TOKENS = 1 << 30, 1024
 
+LANES = 128
+
 # Arrays of [tokens, d_ff] that the activation leaves for the backward pass where everything is kept, besides its
 # inputs: outputs of its elementwise steps, and its result (jax.ad_checkpoint's list of saved residuals).
 ACTIVATION_ARRAYS = {"swiglu": 4, "geglu": 6, "gelu": 5, "relu2": 2.5}
@@ -106,7 +108,10 @@ def kept_bytes(config: RunConfig, sizes: Mapping[str, int]) -> int:
     """Activations of all layers that wait for the backward pass of a microbatch, in device memory."""
     shapes = Shapes.of(config, sizes)
     carry = shapes.residual_tokens * config.model.d_model * BYTES[config.precision.compute]
-    if "layer_input" in config.model.remat.offload:
+    if "layer_input" in config.model.remat.offload or (
+        config.model.remat.policy == "none" and config.model.norm == "layer"
+    ):
+        # On the host; or not asked for, where a layer norm has kept what it subtracted the mean from.
         carry = 0
     return int(config.model.n_layers * (carry + kept_per_layer(config, shapes)))
 
@@ -136,13 +141,18 @@ def named_bytes(model: ModelConfig, shapes: Shapes, width: int) -> dict[str, flo
         "q": q,
         "k": kv,
         "v": kv,
-        "flash_out": q + lse,  # the TPU kernel names both so
+        "flash_out": q * lane_padding(model) + lse,  # the TPU kernel names both so
         "flash_lse": 0,
         "attention_out": residual,
         "mlp_gate": inner if model.gated else 0,
         "mlp_up": inner,
         "mlp_out": residual,
     }
+
+
+def lane_padding(model: ModelConfig) -> float:
+    """How much larger the attention kernel's arrays are for filling the 128 lanes of a TPU with narrower heads."""
+    return -(-model.head_width // LANES) * LANES / model.head_width
 
 
 def _everything(model: ModelConfig, shapes: Shapes, named: Mapping[str, float], width: int) -> float:
@@ -153,7 +163,7 @@ def _everything(model: ModelConfig, shapes: Shapes, named: Mapping[str, float], 
     normed = 2 * shapes.tokens * model.d_model * width
     if model.qk_norm:
         norms += (named["q"] + named["k"]) * (1 + 2 * 4 / width)
-    attention = named["q"] + named["k"] + named["v"] + named["flash_out"] + named["q"]
+    attention = lane_padding(model) * (named["q"] + named["k"] + named["v"]) + named["flash_out"] + named["q"]
     between = named["attention_out"] if model.norm == "rms" else 0
     mlp = named["mlp_up"] + named["mlp_gate"] + ACTIVATION_ARRAYS[model.mlp] * named["mlp_up"]
     return norms + normed + attention + between + mlp
@@ -209,8 +219,8 @@ def _layer_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     named = named_bytes(model, shapes, width)
     inner = 2 * named["mlp_up"] + named["mlp_gate"]
     # Attention's output in two layouts; its log-sum-exp leaves the kernel once for each of 128 lanes.
-    lse = shapes.tokens * shapes.heads * 128 * 4
-    attention = 3 * named["q"] + named["k"] + named["v"] + lse
+    lse = shapes.tokens * shapes.heads * LANES * 4
+    attention = named["q"] + lane_padding(model) * (2 * named["q"] + named["k"] + named["v"]) + lse
     rope = shapes.tokens * model.head_width * 4 if model.positions == "rope" else 0
     residual = (3 * shapes.residual_tokens + 2 * shapes.tokens) * model.d_model * width
     layer = [weight for weight in weights_of(model) if weight.part in ("attention", "mlp")]
