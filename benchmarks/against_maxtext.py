@@ -1,10 +1,10 @@
-"""Our plans beside MaxText's own compilations: `python benchmarks/against_maxtext.py BASELINES` prints a table of ratios.
+"""Our plans beside MaxText's own compilations: `python benchmarks/against_maxtext.py BASELINES` prints tables.
 
 BASELINES is the JSON file of MaxText's figures, of the same libtpu, each row with model, topology, batch, sequence and
 remat class. Ours are benchmarks/plans/*.json that name a row. Ratios are ours over theirs: below 1 is less.
 
-Cycles are the compiler's, of everything but attention's kernels and collectives, counted alike on both sides. Collective
-bytes are counted as the text writes them, on both sides (an asynchronous fusion on v5e stands there three times).
+Cycles are the compiler's, of everything but attention's kernels and collectives, counted alike on both sides.
+Collective bytes are counted as the text writes them, on both sides (an asynchronous fusion stands there three times).
 Seconds of processor are of other days and other machines: a hint, no more.
 """
 
