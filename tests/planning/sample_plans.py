@@ -85,8 +85,10 @@ def compiled(found: dict[str, Any]) -> list[str]:
     words += [f"compiled in {found['compile_seconds']:.1f} s"]
     for buffer in found["largest_buffers"]:
         words += [figures.size(buffer["bytes"]), buffer["shape"], buffer["source"] or "–"]
+    in_all = sum(each["bytes_per_step"] for each in found["collectives"])
     for each in found["collectives"]:
-        words += [each["kind"], " × ".join(each["axes"])]
+        if each["bytes_per_step"] > 0.01 * in_all:  # the smallest may be summed up in a last row
+            words += [each["kind"], " × ".join(each["axes"])]
     words += [f"{sum(each['times'] for each in found['collectives']):,}"]
     words += [figures.moved(sum(each["bytes_per_step"] for each in found["collectives"]))]
     if found["cycles"]:
