@@ -70,11 +70,11 @@ def test_state_is_as_large_as_its_arrays_on_a_device(model, mesh, precision):
 
 @pytest.mark.parametrize("case", COMPILED, ids=lambda case: case["name"])
 def test_memory_is_the_compilers(case):
-    """State within 1% of the compiled arguments; peak within 15%, and for most configs within 3%."""
+    """State within 1% of the compiled arguments, and the peak within 5%: what is promised of all configs is 15%."""
     config = load_config(case["preset"], case["overrides"])
     found = predicted_memory(config, resolve_sizes(config.mesh, parse_topology(case["topology"]).n_devices))
     assert found["parameters"] + found["optimizer"] == pytest.approx(case["argument_bytes"], rel=0.01)
-    assert found["total"] == pytest.approx(case["peak_bytes"], rel=0.15)
+    assert found["total"] == pytest.approx(case["peak_bytes"], rel=0.05)
 
 
 @pytest.mark.slow
