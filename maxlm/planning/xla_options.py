@@ -29,7 +29,7 @@ _LATENCY_HIDING = Option(
 )
 
 OPTIONS: Mapping[str, Mapping[str, Option]] = {
-    "v5e": {"xla_tpu_scoped_vmem_limit_kib": Option("32768", _WINDOWS.format("32,768", "0.87"))},
+    "v5e": {"xla_tpu_scoped_vmem_limit_kib": Option("24576", _WINDOWS.format("24,576", "0.92"))},
     "v5p": {"xla_tpu_scoped_vmem_limit_kib": Option("24576", _WINDOWS.format("24,576", "0.85"))},
 } | {
     chip: {"xla_gpu_enable_latency_hiding_scheduler": _LATENCY_HIDING}
