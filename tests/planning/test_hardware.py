@@ -79,6 +79,8 @@ def test_what_planning_needs_of_a_tpu_is_there_and_agrees_with_its_peak():
             assert chip.vmem_bytes is chip.clock_hz is chip.usable_hbm_bytes is None
             assert chip.hbm_bytes_per_device == chip.hbm_bytes
             continue
+        assert chip.clock_hz is not None
+        assert chip.usable_hbm_bytes is not None
         # A clock makes the peak of whole 128 x 128 arrays of multipliers, an even number of them.
         arrays = chip.peak_flops["bfloat16"] / (2 * chip.clock_hz * 128**2)
         assert arrays == pytest.approx(round(arrays), rel=0.005), chip.name
@@ -96,7 +98,9 @@ def test_vmem_is_what_jax_says():
         version = versions[name.removeprefix("tpu")]
         cores = version.num_physical_tensor_cores_per_chip
         info = tpu_info._get_tpu_info_impl(version, cores)
-        assert chip_named(name).vmem_bytes == cores * info.vmem_capacity_bytes, name
+        chip = chip_named(name)
+        assert chip is not None
+        assert chip.vmem_bytes == cores * info.vmem_capacity_bytes, name
 
 
 def test_a_torus_axis_carries_both_links_one_way():
