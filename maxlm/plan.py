@@ -10,7 +10,7 @@ from typing import Any
 import maxlm
 from maxlm.config import RunConfig
 from maxlm.errors import MaxlmError
-from maxlm.models.flops import count_parameters, training_flops_per_token
+from maxlm.models.flops import count_parameters, forward_flops, training_flops_per_token
 from maxlm.parallel import support
 from maxlm.parallel.mesh import resolve_sizes
 from maxlm.planning import cache
@@ -92,7 +92,7 @@ def compiled_part(config: RunConfig, topology: Topology) -> dict[str, Any]:
     """What the compiler says of the config's step, kept from an earlier time where it has been asked before."""
     step = lower_step(config, topology)
     where = f"{topology.name}*{topology.slices} {step.device_order}"
-    name = cache.key(step.lowered.as_text(), step.options, where, versions(topology))
+    name = cache.key(step.program_sha256, step.options, where, versions(topology))
 
     def compile_it() -> dict[str, Any]:
         from maxlm.planning.analysis import analyse
@@ -170,8 +170,7 @@ def prediction(config: RunConfig, topology: Topology, plan: Plan, analytic: Roof
 
 def attention_seconds(config: RunConfig, topology: Topology) -> float:
     """Seconds of a device in attention's kernels: the model's FLOPs of scores and values at a share of the peak."""
-    c = config.model
-    per_token = 3 * c.n_layers * 4 * c.n_heads * c.head_width * (config.train.seq_len + 1) / 2
+    per_token = 3 * forward_flops(config.model, config.train.seq_len).attention_scores
     tokens = config.train.global_batch_tokens / topology.n_devices
     return per_token * tokens / (topology.peak_flops_per_device(config.precision.compute) * KERNEL_SHARE_OF_PEAK)
 

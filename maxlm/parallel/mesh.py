@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import jax
 
 AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
+SLICE_AXES = AXES[:3]
+"""Those that may be spread over TPU slices, whose collectives are few and large: the first that their number divides."""
 
 
 class MeshConfig(Section):
@@ -90,7 +92,7 @@ def axis_over_slices(sizes: dict[str, int], n_slices: int) -> str:
 
     Raises ClusterError where none of pipeline, data and fsdp is a multiple of the number of slices.
     """
-    for axis in ("pipeline", "data", "fsdp"):
+    for axis in SLICE_AXES:
         if sizes[axis] % n_slices == 0:
             return axis
     raise ClusterError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -95,11 +94,7 @@ def cost_of(one: Collective, sizes: dict[str, int], topology: Topology) -> Cost:
 
 
 def _network(axes: Sequence[str], sizes: dict[str, int], topology: Topology) -> str:
-    kinds = {
-        network.kind
-        for axis, network in network_of(sizes, topology).items()
-        if axis in _known_axes(axes, sizes) and math.prod((network.n,)) > 1
-    }
+    kinds = {network.kind for axis, network in network_of(sizes, topology).items() if axis in _known_axes(axes, sizes)}
     return kinds.pop() if len(kinds) == 1 else "mixed" if kinds else ""
 
 

@@ -39,7 +39,7 @@ def key(program: str, options: Mapping[str, Any], topology: str, versions: Mappi
     """The name of a compilation: a hash of the program and of all that decides what comes of it.
 
     Args:
-        program: the lowered program's text (StableHLO), without locations, which move with every edit of a file.
+        program: the lowered program's text (StableHLO) without locations, which move with every edit, or its hash.
         options: the compiler's options.
         topology: the devices that it is compiled for, slices included.
         versions: of jax and of the compiler.

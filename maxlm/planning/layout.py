@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from maxlm.errors import ConfigError
-from maxlm.parallel.mesh import AXES
+from maxlm.parallel.mesh import AXES, SLICE_AXES
 from maxlm.planning.topology import Topology
 
 # What collectives reach of the links' rates. TPU: the scaling book's table ("How to Think About TPUs") has 4.5e10 of
@@ -29,9 +29,6 @@ HOP_SECONDS = {"ici": 1e-6, "nvlink": 2e-6, "dcn": 1e-5}
 
 # The two dies of a tpu7x chip are joined six times as fast as a link of ICI (docs.cloud.google.com/tpu/docs/tpu7x).
 DIE_LINKS = 6
-
-# The axes that may spread over slices: those whose collectives are few and large.
-SLICE_AXES = AXES[:3]
 
 KINDS = {
     "all-gather": "all-gather",
