@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
 SLICE_AXES = AXES[:3]
-"""Those that may be spread over TPU slices, whose collectives are few and large: the first that their number divides."""
+"""Those that may be spread over TPU slices, their collectives being few and large: the first that the slices divide."""
 
 
 class MeshConfig(Section):
