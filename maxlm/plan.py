@@ -95,14 +95,16 @@ def compiled_part(config: RunConfig, topology: Topology) -> dict[str, Any]:
     name = cache.key(step.program_sha256, step.options, where, versions(topology))
 
     def compile_it() -> dict[str, Any]:
-        from maxlm.planning.analysis import analyse
-        from maxlm.planning.buffers import OutOfMemory, parse_out_of_memory
+        from maxlm.planning.analysis import analyse, largest_buffers
+        from maxlm.planning.buffers import OutOfMemory, parse_out_of_memory, peak
+        from maxlm.planning.hlo import parse
 
         try:
             return {"compiled": analyse(step, compile_step(step), topology), "out_of_memory": None}
         except OutOfMemoryError as error:
-            found = parse_out_of_memory(str(error)) or OutOfMemory(None, None, None, [])
-            return {"compiled": None, "out_of_memory": {**asdict(found), "relief": []}}
+            found = parse_out_of_memory(str(error)) or OutOfMemory(None, None, None)
+            buffers = largest_buffers(peak(parse(error.text))) if error.text else []
+            return {"compiled": None, "out_of_memory": {**asdict(found), "buffers": buffers, "relief": []}}
 
     return cache.remember(name, compile_it)
 

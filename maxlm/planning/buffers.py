@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from maxlm.planning.census import origin, part_of
 from maxlm.planning.hlo import Computation, Instruction, Module
 from maxlm.planning.hlo_loops import branches
-from maxlm.planning.hlo_shape import DEVICE, Shape, parse_shape
+from maxlm.planning.hlo_shape import DEVICE, Shape
 
 KINDS = ("parameters", "optimizer", "gradients", "activations", "temporaries")
 
@@ -71,8 +71,6 @@ class OutOfMemory:
     used: int | None
     capacity: int | None
     over: int | None
-    buffers: list[Buffer]
-    """The largest, as the message lists them; empty where it lists none."""
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -88,8 +86,8 @@ _ASKED = r"Out of memory (?:while trying to allocate|allocating) (\d+) bytes"
 def parse_out_of_memory(message: str) -> OutOfMemory | None:
     """Reads a compiler's or a runtime's complaint that memory does not suffice; None where it is another error.
 
-    libtpu lists its largest allocations unless the temporaries alone are too many. A GPU's compiler does not refuse a
-    program that is too large; there the message is of the allocation that failed when it ran.
+    A GPU's compiler does not refuse a program that is too large; there the message is of the allocation that failed
+    when it ran.
     """
     if "ut of memory" not in message and "RESOURCE_EXHAUSTED" not in message:
         return None
@@ -104,38 +102,7 @@ def parse_out_of_memory(message: str) -> OutOfMemory | None:
     excess = _bytes(over[1], over[2]) if over else None
     if excess is None and used is not None and capacity is not None:
         excess = used - capacity
-    return OutOfMemory(used, capacity, excess, list(_listed(message)))
-
-
-def _listed(message: str) -> Iterator[Buffer]:
-    """The numbered allocations of libtpu's message: size, operator with its source, shape, label, type."""
-    for block in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
-        block = block.split("\n\n\n")[0]
-        size = re.match(_SIZE, block)
-        if not size:
-            continue
-        shape = re.search(r"Shape: (\S+)", block)
-        plain = re.search(rf"Unpadded size: {_SIZE}", block)
-        name = re.search(r'op_name="((?:[^"\\]|\\.)*)"', block)
-        label = re.search(r"XLA label: %?([\w.\-]+)", block)
-        source = re.search(r'source_file="([^"]*)" source_line=(\d+)', block)
-        what = name[1].replace("\\'", "'") if name else label[1] if label else ""
-        bytes_ = _bytes(size[1], size[2])
-        yield Buffer(
-            bytes=bytes_,
-            logical_bytes=_bytes(plain[1], plain[2]) if plain else bytes_,
-            shape=str(parse_shape(shape[1])) if shape else "",
-            kind=_kind_by_name(what, block),
-            what=what,
-            source=f"maxlm/{source[1].rpartition('maxlm/')[2]}:{source[2]}" if source else "",
-        )
-
-
-def _kind_by_name(what: str, block: str) -> str:
-    """Of an allocation that is known by its name alone."""
-    if what.startswith("state") or "Allocation type: HLO parameter" in block or "Arguments" in block:
-        return "parameters" if ".params" in what else "optimizer" if "opt_state" in what else "activations"
-    return "temporaries"
+    return OutOfMemory(used, capacity, excess)
 
 
 def _bytes(number: str, unit: str) -> int:

@@ -67,10 +67,8 @@ def memory(plan: Plan) -> Grid:
 
 def _memory_note(plan: Plan) -> str:
     compiled = at(plan, "compiled", "memory") or {}
-    names = {"argument": "arguments", "temp": "temporaries", "output": "output", "alias": "aliased", "code": "code"}
+    names = {"argument": "arguments", "heap": "temporaries", "output": "output", "alias": "aliased", "code": "code"}
     parts = [f"{size(compiled[key])} {word}" for key, word in names.items() if number(compiled.get(key)) is not None]
-    peak = number(compiled.get("peak"))
-    parts += [f"peak {size(peak)}"] if peak is not None else []
     parts += [f"{size(compiled['host_temp'])} on the host"] if number(compiled.get("host_temp")) else []
     guess, found = number(at(plan, "analytic", "memory", "total")), required(plan)
     measured = at(plan, "compiled") is not None or at(plan, "out_of_memory") is not None

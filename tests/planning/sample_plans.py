@@ -81,7 +81,7 @@ def expected(plan: dict[str, Any]) -> list[str]:
 
 def compiled(found: dict[str, Any]) -> list[str]:
     words = [f"{n_bytes / GIB:,.2f}" for n_bytes in found["memory_by_kind"].values()]
-    words += [figures.size(found["memory"][name]) for name in ("argument", "temp", "peak", "required")]
+    words += [figures.size(found["memory"][name]) for name in ("argument", "heap", "required")]
     words += [f"compiled in {found['compile_seconds']:.1f} s"]
     for buffer in found["largest_buffers"]:
         words += [figures.size(buffer["bytes"]), buffer["shape"], buffer["source"] or "–"]

@@ -14,7 +14,14 @@ import pytest
 
 from maxlm.config import load_config
 from maxlm.plan import make_plan
-from maxlm.planning.compile import CompilerMissingError, lower_on, program_hash, require_compiler, topology_devices
+from maxlm.planning.compile import (
+    CompilerMissingError,
+    heap_bytes,
+    lower_on,
+    program_hash,
+    require_compiler,
+    topology_devices,
+)
 from maxlm.planning.hardware import CHIPS
 from maxlm.planning.topology import parse_topology
 from maxlm.planning.xla_options import OPTIONS
@@ -84,6 +91,30 @@ def test_slices_are_spread_by_the_first_axis_that_they_divide():
 
 
 @needs_libtpu
+def test_a_step_that_does_not_fit_names_the_buffers_and_the_lines_that_made_them(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("MAXLM_CACHE", str(tmp_path))
+    large = ("model.n_layers=64", "model.d_model=1024", "model.remat.policy=full", "train.global_batch_tokens=4194304")
+    config = load_config("llama-20m", [*SMALL, *large])
+    ran_out = make_plan(config, parse_topology("v5e:2x2"), relief=False)["out_of_memory"]
+    assert ran_out["used"] > ran_out["capacity"] == pytest.approx(15.75 * 2**30)
+    largest = ran_out["buffers"]
+    kept = 64 * 2 * 2**20 * 1024  # the input of every layer, bfloat16, of a quarter of the tokens
+    assert (largest[0]["bytes"], largest[0]["kind"]) == (kept, "activations")
+    assert largest[0]["source"].startswith("maxlm/models/block.py:")
+
+
+def test_the_heap_is_of_the_devices_own_memory():
+    assignment = """BufferAssignment:
+allocation 0: size 8208384, color 1, parameter 0, shape |f32[128256,16]| at ShapeIndex {}, maybe-live-out:
+ value: <3430 param.61 @0> (size=29360128,offset=0): f32[32,16,14336]{2,1,0:T(8,128)}
+allocation 258: size 9330852352, preallocated-temp:
+ value: <140 add.1046 @0> (size=512,offset=0): s32[]{:T(128)}
+allocation 262: size 109051904, color 1, preallocated-temp:
+"""
+    assert heap_bytes(assignment) == 9330852352
+
+
+@needs_libtpu
 @pytest.mark.processes
 def test_two_plans_at_once_do_not_fight_and_the_second_time_nothing_is_compiled(tmp_path: Path):
     command = [sys.executable, "-m", "maxlm.cli", "plan", "llama-20m", "--topology", "v5e:2x2", "--json", *SMALL]
@@ -100,6 +131,9 @@ def test_two_plans_at_once_do_not_fight_and_the_second_time_nothing_is_compiled(
     assert one["compiled"]["cycles"]["total"] == other["compiled"]["cycles"]["total"] > 0
     assert one["compiled"]["memory"] == other["compiled"]["memory"]
     assert {each["kind"] for each in one["compiled"]["collectives"]} >= {"all-gather"}
+    memory = one["compiled"]["memory"]
+    live = sum(one["compiled"]["memory_by_kind"].values())
+    assert 0.95 * live < memory["argument"] + memory["heap"] < 1.1 * live, "what the program's text says lives at once"
     assert one["fits"]
     (again,) = plans(1)
     # Equal to the microsecond: it is the first compilation's time.
