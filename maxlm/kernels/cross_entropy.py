@@ -26,7 +26,7 @@ from maxlm.parallel.axes import activation_spec, mesh_axes
 # writes the head's whole float32 gradient, which a chunk of 191 tokens did for a seventh of the step of Llama-3 8B
 # (docs/performance-log.md).
 CPU_CHUNK_BYTES, CPU_LEAST_TOKENS = 64 << 20, 128
-ACCELERATOR_CHUNK_BYTES, ACCELERATOR_LEAST_TOKENS = 1 << 30, 1024
+ACCELERATOR_CHUNK_BYTES, ACCELERATOR_LEAST_TOKENS = 512 << 20, 1024
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _local_gradients(x_BTD, w_VD, targets_BT, weights_BT, *, how: _How, w_axes: 
     saves a pass over the logits, and loses nothing to cancellation at a target whose probability is near 1.
     """
     losses_of, chunks, n_tokens = _prepare(x_BTD, w_VD, targets_BT, weights_BT, how, w_axes)
-    w_full_VD = manual.gathered(w_VD.astype(x_BTD.dtype), w_axes, 1)
+    w_DV = _whole(w_VD, x_BTD.dtype, w_axes)
 
     def body(carry, chunk):
         sums, dw_VD = carry
@@ -178,13 +178,13 @@ def _local_gradients(x_BTD, w_VD, targets_BT, weights_BT, *, how: _How, w_axes: 
             e_NV = e_NV * (1.0 - jnp.square(jnp.maximum(part.logits_NV, -how.softcap) / how.softcap))
         e_NV = e_NV.astype(x_BTD.dtype)
         row_N = weight_N * a_N / (part.others_N + part.target_N)
-        dx_ND = row_N[:, None] * _dot(e_NV, w_full_VD, "nv,vd->nd")
+        dx_ND = row_N[:, None] * _dot(e_NV, w_DV, "nv,dv->nd")
         dw_VD = dw_VD + _dot(e_NV, (row_N[:, None] * x_ND).astype(x_BTD.dtype), "nv,nd->vd")
         dweight_N = part.nll_N + how.z_loss * jnp.square(part.lse_N)
         return (_add_sums(sums, part, weight_N, how), dw_VD), (dx_ND.astype(x_BTD.dtype), dweight_N)
 
     zero = manual.zeros((), jnp.float32, weights_BT)
-    dw = manual.zeros(w_full_VD.shape, jnp.float32, w_full_VD, x_BTD)
+    dw = manual.zeros(w_DV.shape[::-1], jnp.float32, w_DV, x_BTD)
     (sums, dw), (dx_CND, dweight_CN) = jax.lax.scan(body, ((zero, zero), dw), chunks)
     dx_BTD = dx_CND.reshape(-1, x_BTD.shape[-1])[:n_tokens].reshape(*weights_BT.shape, -1)
     dx_BTD = manual.scattered_total(dx_BTD, mesh_axes("residual_length"), 1)
@@ -212,14 +212,15 @@ class _Losses:
 def _prepare(x_BTD, w_VD, targets_BT, weights_BT, how: _How, w_axes: manual.Axes):
     """The function that makes a chunk's losses, the chunks to scan over, and how many of their tokens are real."""
     axes = mesh_axes("vocab")
-    w_VD = manual.gathered(w_VD.astype(x_BTD.dtype), w_axes, 1)
+    w_DV = _whole(w_VD, x_BTD.dtype, w_axes)
     x_BTD = manual.gathered(x_BTD, mesh_axes("residual_length"), 1)
-    first_column = manual.index(axes) * w_VD.shape[0]
-    padded = w_VD.shape[0] * manual.count(axes) != how.vocab_size
+    v_local = w_DV.shape[1]
+    first_column = manual.index(axes) * v_local
+    padded = v_local * manual.count(axes) != how.vocab_size
 
     def losses_of(x_ND: jax.Array, y_N: jax.Array) -> _Losses:
-        logits_NV = _dot(x_ND, w_VD, "nd,vd->nv")
-        column_V = jnp.arange(w_VD.shape[0], dtype=jnp.int32) + first_column
+        logits_NV = _dot(x_ND, w_DV, "nd,dv->nv")
+        column_V = jnp.arange(v_local, dtype=jnp.int32) + first_column
         if how.softcap is not None:
             logits_NV = how.softcap * jnp.tanh(logits_NV / how.softcap)
         if padded:
@@ -228,8 +229,8 @@ def _prepare(x_BTD, w_VD, targets_BT, weights_BT, how: _How, w_axes: manual.Axes
         is_target_NV = column_V[None] == y_N[:, None]
         e_NV = jnp.where(is_target_NV, 0.0, jnp.exp(logits_NV - top_N[:, None]))
         row_N = y_N - first_column
-        here_N = (row_N >= 0) & (row_N < w_VD.shape[0])
-        picked_N = jnp.take_along_axis(logits_NV, jnp.clip(row_N, 0, w_VD.shape[0] - 1)[:, None], axis=1)[:, 0]
+        here_N = (row_N >= 0) & (row_N < v_local)
+        picked_N = jnp.take_along_axis(logits_NV, jnp.clip(row_N, 0, v_local - 1)[:, None], axis=1)[:, 0]
         others_N, logit_N = manual.total((jnp.sum(e_NV, axis=1), jnp.where(here_N, picked_N, 0.0)), axes)
         target_N = jnp.exp(logit_N - top_N)
         lse_N = top_N + jnp.log(others_N + target_N)
@@ -238,12 +239,17 @@ def _prepare(x_BTD, w_VD, targets_BT, weights_BT, how: _How, w_axes: manual.Axes
         return _Losses(logits_NV, is_target_NV, e_NV, others_N, target_N, lse_N, nll_N)
 
     n_tokens = targets_BT.size
-    n_chunks = -(-n_tokens // (how.chunk_tokens or _default_chunk(w_VD.shape[0])))
+    n_chunks = -(-n_tokens // (how.chunk_tokens or _default_chunk(v_local)))
     chunk = -(-n_tokens // n_chunks)
     chunks = tuple(
         _in_chunks(x.reshape(n_tokens, *x.shape[2:]), n_chunks, chunk) for x in (x_BTD, targets_BT, weights_BT)
     )
     return losses_of, chunks, n_tokens
+
+
+def _whole(w_VD: jax.Array, dtype: jnp.dtype, w_axes: manual.Axes) -> jax.Array:
+    """The output projection gathered along D, which comes first so that a TPU's pieces lie one after the other."""
+    return manual.gathered(w_VD.astype(dtype).T, w_axes, 0)
 
 
 def _add_sums(sums, part: _Losses, weight_N: jax.Array, how: _How):

@@ -25,7 +25,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 BATCH_ARRAYS_BYTES = 5 * 4  # training/program.py: five arrays of 4 bytes a token
 
 # kernels/cross_entropy.py chooses the tokens of a chunk so (it needs JAX, and the planner's first answer has none).
-CHUNK_BYTES, LEAST_CHUNK_TOKENS = 1 << 30, 1024
+CHUNK_BYTES, LEAST_CHUNK_TOKENS = 512 << 20, 1024
 
 LANES = 128
 
