@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from maxlm.planning.buffers import Memory, peak
-from maxlm.planning.census import Census, Collective, census
+from maxlm.planning.census import Census, Collective, census, sizes_in_a_slice
 from maxlm.planning.device_groups import MIXED
 from maxlm.planning.hlo import parse
-from maxlm.planning.layout import Cost, collective_cost, network_of
+from maxlm.planning.layout import Cost, collective_cost, cost_between_slices, network_of
 from maxlm.planning.topology import Topology
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _collective(one: Collective, sizes: dict[str, int], topology: Topology) -> d
         "overlapped": one.overlapped,
         "asynchronous": one.asynchronous,
         "fused": one.fused,
-        "network": _network(one.axes, sizes, topology),
+        "network": _network(one, sizes, topology),
         "part": one.part,
         "what": one.what,
         "source": one.source,
@@ -90,12 +91,26 @@ def _collective(one: Collective, sizes: dict[str, int], topology: Topology) -> d
 
 def cost_of(one: Collective, sizes: dict[str, int], topology: Topology) -> Cost:
     """What one execution costs the networks. Groups that are no product of mesh axes count as if over all of them."""
+    if one.reach == "slices":
+        return cost_between_slices(one.kind, one.bytes, topology)
+    sizes, topology = _reached(one, sizes, topology)
     return collective_cost(one.kind, one.bytes, _known_axes(one.axes, sizes), sizes, topology)
 
 
-def _network(axes: Sequence[str], sizes: dict[str, int], topology: Topology) -> str:
-    kinds = {network.kind for axis, network in network_of(sizes, topology).items() if axis in _known_axes(axes, sizes)}
+def _network(one: Collective, sizes: dict[str, int], topology: Topology) -> str:
+    if one.reach == "slices":
+        return "dcn"
+    sizes, topology = _reached(one, sizes, topology)
+    axes = _known_axes(one.axes, sizes)
+    kinds = {network.kind for axis, network in network_of(sizes, topology).items() if axis in axes}
     return kinds.pop() if len(kinds) == 1 else "mixed" if kinds else ""
+
+
+def _reached(one: Collective, sizes: dict[str, int], topology: Topology) -> tuple[dict[str, int], Topology]:
+    """The mesh and the devices that a collective's axes are of: all, or those of a slice."""
+    if one.reach == "mesh":
+        return sizes, topology
+    return sizes_in_a_slice(sizes, topology.slices), replace(topology, slices=1)
 
 
 def _known_axes(axes: Sequence[str], sizes: dict[str, int]) -> tuple[str, ...]:

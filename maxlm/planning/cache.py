@@ -23,7 +23,7 @@ from maxlm.files import write_atomically
 
 # What an entry holds, and how it is made from the compiler's text: raise it with every change of the analysis (hlo,
 # census, buffers, compile), and all entries are made anew.
-SCHEMA = 2
+SCHEMA = 3
 
 # Variables that change what the compilers make.
 COMPILER_VARIABLES = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")

@@ -8,12 +8,15 @@ were counted in the same way.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Literal
 
+from maxlm.parallel.mesh import axis_over_slices
 from maxlm.planning.device_groups import axes_of_groups, axes_of_pairs
 from maxlm.planning.hlo import Computation, Instruction, Module
 from maxlm.planning.hlo_loops import Execution, cycles_of, executions, total_cycles, trip_count
@@ -34,9 +37,21 @@ PARTS = ("embedding", "layers forward", "layers backward", "layers recomputed", 
 _KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "__cudnn$", "__cublas$")
 _COMPUTES = ("fusion", "custom-call", "while", "dot", "convolution", "call", "conditional", "sort", "scatter")
 _CHAIN = re.compile(r'chain_id="([^"]*)"')
+_RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+# XLA's names for what the runtime between slices (megascale) does; anything else goes from one to one.
+_TRANSFERS = {
+    "ALL_REDUCE": "all-reduce",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_GATHER": "all-gather",
+    "ALL_TO_ALL": "all-to-all",
+}
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _TRANSFORMED = re.compile(r"(transpose\()?jvp\([^)]*\)+/?")
 _MOVES = ("bitcast", "copy", "reshape", "convert", "transpose", "copy-done", "copy-start")
+
+
+Reach = Literal["mesh", "slice", "slices"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,9 @@ class Collective:
     source: str
     part: str
     fused: bool
+    reach: Reach = "mesh"
+    """Where the mesh is spread over slices a TPU's program is that of one slice: a collective is inside of it, over the
+    part of `axes` that the slice has, or between slices."""
     overlap_cycles: int = 0
     """Cycles that one execution has beside it, from start to end. What two collectives share is in both."""
     appearances: int = 1
@@ -145,7 +163,7 @@ def census(module: Module, sizes: Mapping[str, int]) -> Census:
             in_loops += one.cycles * run.times if run.depth else 0
         elif '"estimated_cycles"' in one.attributes and one.cycles is None:
             n_unknown += 1
-    counter = _Collectives(module, sizes)
+    counter = _Collectives(module, *_of_program(module, sizes))
     return Census(
         cycles=sum(by_part.values()),
         cycles_by_part=by_part,
@@ -160,6 +178,20 @@ def census(module: Module, sizes: Mapping[str, int]) -> Census:
         arguments=[(one.op_name, one.shape.dims) for one in module.entry.parameters],
         n_unknown_cycles=n_unknown,
     )
+
+
+def sizes_in_a_slice(sizes: Mapping[str, int], n_slices: int) -> dict[str, int]:
+    """The mesh that one slice has of a mesh over several."""
+    over = axis_over_slices(dict(sizes), n_slices)
+    return {axis: size // n_slices if axis == over else size for axis, size in sizes.items()}
+
+
+def _of_program(module: Module, sizes: Mapping[str, int]) -> tuple[Mapping[str, int], str | None]:
+    """The mesh whose devices the text counts, and the axis that goes over slices, where the text is of one of them."""
+    n_slices = math.prod(sizes.values()) // module.n_partitions
+    if n_slices <= 1 or math.prod(sizes.values()) % module.n_partitions:
+        return sizes, None
+    return sizes_in_a_slice(sizes, n_slices), axis_over_slices(dict(sizes), n_slices)
 
 
 # What part of the step an instruction belongs to
@@ -208,6 +240,12 @@ def origin(module: Module, instruction: Instruction) -> tuple[str, list[tuple[st
             if _is_told(inner.op_name):
                 return inner.op_name, module.stack(inner)
     caller = module.callers.get(instruction.computation)
+    if caller is not None and caller.opcode == "while" and not _is_told(caller.op_name):
+        # A loop that the compiler made anew may have lost its name, which those inside of it still have.
+        for one in computation.instructions:
+            loop, found, _ = one.op_name.partition("/while")
+            if found and _is_told(one.op_name):
+                return loop + found, module.stack(one)
     return origin(module, caller) if caller is not None else ("", [])
 
 
@@ -264,6 +302,7 @@ class _Chain:
 class _Collectives:
     module: Module
     sizes: Mapping[str, int]
+    over_slices: str | None
     chains: dict[tuple[str, str], _Chain] = field(default_factory=dict)
     prefix: dict[str, list[int]] = field(default_factory=dict)
 
@@ -290,6 +329,8 @@ class _Collectives:
         one = run.instruction
         inner, start = one, one
         base = one.opcode.removesuffix("-start")
+        if one.opcode == "send":
+            return self._between_slices(run)
         if base not in COLLECTIVES:
             return None
         if one.called_as("calls") and (wrapped := self._inside(one)):
@@ -299,6 +340,46 @@ class _Collectives:
             start, end = caller, self._end(caller)
         found = self._collective(run, inner, base, fused=False)
         return found if end is None else self._beside(replace(found, asynchronous=True), start, end)
+
+    def _between_slices(self, run: Execution) -> Collective | None:
+        """A transfer that the program hands to the runtime between slices, and waits for at the receiving end."""
+        one = run.instruction
+        transfer, name = _BETWEEN_SLICES.search(one.attributes), _RENDEZVOUS.search(one.attributes)
+        if transfer is None or name is None:
+            return None
+        computation = self.module.computation_of(one)
+        ends = {
+            each.opcode: each
+            for each in computation.instructions
+            if each.opcode in ("recv", "recv-done") and f'rendezvous="{name[1]}"' in each.attributes
+        }
+        received = ends.get("recv")
+        kind = _TRANSFERS.get(transfer[1], "collective-permute")
+        # The first of (array, context, token); what is gathered is as large as what comes.
+        counted = one if received is None or kind in BY_OPERANDS else received
+        whole = counted.shape.elements[0]
+        end = ends.get("recv-done") or next(
+            (user for user in computation.users[received.name] if user.opcode == "recv-done") if received else iter(()),
+            None,
+        )
+        op_name, _ = origin(self.module, one)
+        found = Collective(
+            kind=kind,
+            axes=(self.over_slices or "",),
+            bytes=whole.bytes,
+            times=run.times,
+            in_loop=run.depth > 0,
+            overlapped=False,
+            asynchronous=True,
+            dtype=whole.dtype,
+            shape=str(whole),
+            what=op_name,
+            source=self.module.source(one),
+            part=part_of(self.module, one),
+            fused=False,
+            reach="slices",
+        )
+        return found if end is None else self._beside(found, one, end)
 
     def _wrapper(self, one: Instruction) -> Instruction | None:
         """The asynchronous call around a collective."""
@@ -385,6 +466,7 @@ class _Collectives:
             source=module.source(inner) or module.source(outer),
             part=part_of(module, named),
             fused=fused,
+            reach="mesh" if self.over_slices is None else "slice",
         )
 
     def _axes(self, inner: Instruction) -> tuple[str, ...]:

@@ -125,16 +125,21 @@ def collective_cost(
     """The same with both networks apart."""
     if kind not in KINDS:
         raise ValueError(f"collective kind {kind!r} is not one of {', '.join(KINDS)}")
-    kind = KINDS[kind]
-    inner, slices = _pieces(tuple(axes), _key(sizes), topology)
+    return _cost(KINDS[kind], bytes_, *_pieces(tuple(axes), _key(sizes), topology))
+
+
+def cost_between_slices(kind: str, bytes_: float, topology: Topology) -> Cost:
+    """The same of a transfer between slices alone, by every device with those that stand where it does."""
+    return _cost(KINDS[kind], bytes_, (), _Piece("dcn", topology.slices, _dcn_rate(topology), switched=True))
+
+
+def _cost(kind: str, bytes_: float, inner: tuple[_Piece, ...], slices: _Piece | None) -> Cost:
     if kind == "all-reduce":
         half = _gather_cost(bytes_, inner, slices)
         return half + half
     if kind in ("all-gather", "reduce-scatter"):
         return _gather_cost(bytes_, inner, slices)
-    if kind == "all-to-all":
-        return _exchange_cost(bytes_, inner, slices)
-    return _permute_cost(bytes_, inner, slices)
+    return (_exchange_cost if kind == "all-to-all" else _permute_cost)(bytes_, inner, slices)
 
 
 def _gather_cost(whole: float, inner: tuple[_Piece, ...], slices: _Piece | None) -> Cost:
@@ -209,10 +214,14 @@ def _pieces(
     inner = tuple(_torus(shares, topology)) if topology.is_tpu else tuple(_switched(shares, topology))
     if n_outer == 1:
         return inner, None
+    return inner, _Piece("dcn", n_outer, _dcn_rate(topology), switched=True)
+
+
+def _dcn_rate(topology: Topology) -> float:
     rate = topology.dcn_bytes_per_s_per_device
     if rate is None:
         raise ConfigError(f"the network between slices of {topology.chip.name} is not published")
-    return inner, _Piece("dcn", n_outer, rate, switched=True)
+    return rate
 
 
 def _torus(shares: Sequence[int], topology: Topology) -> Iterator[_Piece]:

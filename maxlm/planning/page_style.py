@@ -21,7 +21,7 @@ STYLE = (
     --rest: #667085; --maybe: #343d4b; --inside: #ffffff;
   }
 }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(148px, 1fr)); }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(168px, 1fr)); }
 .tile { padding: 12px; } .tile dd { font-size: 18px; }
 .verdict { font-size: 18px; font-weight: 600; margin-top: 14px; }
 .verdict.good { color: var(--good); } .verdict.bad { color: var(--bad); }

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from maxlm.config import load_config
+from maxlm.planning.analysis import cost_of
 from maxlm.planning.census import PARTS, Census, census
 from maxlm.planning.expectations import padded_gathers, replicated_arguments, tensor_gathers, unexpected
 from maxlm.planning.hlo import parse
+from maxlm.planning.topology import parse_topology
 from tests.planning import compiled
 from tests.planning.hlo.make import MODEL
 
@@ -103,6 +105,23 @@ def test_tensor_parallelism_gathers_the_residual_stream_twice_a_layer_and_nothin
     assert [one.kind for one in forward if one.kind != "all-gather"] == ["all-reduce-scatter"] * 2
     assert {one.axes for one in counted.collectives} == {("fsdp",), ("tensor",), ("fsdp", "tensor")}
     assert not unexpected(counted, config_of("tensor"), sizes)
+
+
+def test_between_slices_go_the_gradients_shards_and_inside_of_them_all_else():
+    """The compiler's program is of one slice: 4 of the 8 devices, with transfers that the runtime does over DCN."""
+    counted, sizes = census_of("two-slices"), compiled.FIXTURES["two-slices"]["mesh"]
+    between = [one for one in counted.collectives if one.reach == "slices"]
+    assert {(one.kind, one.axes) for one in between} == {("all-reduce", ("data",))}
+    assert {(one.axes, one.reach) for one in counted.collectives if one not in between} == {(("fsdp",), "slice")}
+    shards = sum(one.bytes_per_step for one in between if one.dtype == "bf16" and one.part != "head and loss")
+    assert shards == 3 * 2 * (2 * 256 * 512 + 2 * 256 * 256 + 3 * 256 * 512) // 4
+    assert all(one.asynchronous for one in between)
+    topology = parse_topology("v5e:2x2", 2)
+    for one in counted.collectives:
+        cost = cost_of(one, sizes, topology)
+        assert (cost.dcn_seconds > 0) == (one in between)
+        assert (cost.ici_seconds > 0) == (one not in between)
+    assert unexpected(counted, config_of("two-slices"), sizes) == []
 
 
 @pytest.mark.parametrize("name", ["fsdp-tensor", "fsdp-tensor-v5p", "accumulation", "fsdp-4-layers", "gpu"])

@@ -42,6 +42,7 @@ FIXTURES = {
         "v5p:4x4x4",
         f"mesh.fsdp=64 train.global_batch_tokens=32768 {REMAT} model.d_model=1024 model.n_heads=8 model.d_ff=2048",
     ),
+    "two-slices": ("2*v5e:2x2", f"mesh.data=2 mesh.fsdp=4 train.global_batch_tokens=16384 {REMAT} model.n_layers=3"),
     "gpu": (
         "h100:2x8",
         "mesh.data=2 mesh.fsdp=8 train.global_batch_tokens=16384 model.n_layers=4 model.d_model=512 model.n_heads=8 "
@@ -100,8 +101,10 @@ def compile_one(name: str, out: str) -> None:
             platform="cuda", topology_name="H100", target_config=H100, topology=topology.replace("h100:", "1x")
         )
     else:
-        megacore = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1), "num_slices": 1}
-        extra = megacore if topology.startswith("v5p") else {}
+        slices, _, topology = topology.rpartition("*")
+        extra = {"chips_per_host_bounds": (2, 2, 1), "num_slices": int(slices or 1)}
+        extra |= {"chip_config_name": "megacore"} if topology.startswith("v5p") else {}
+        extra = extra if slices or topology.startswith("v5p") else {}
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **extra)
     config = load_config("llama-20m", f"{MODEL} {settings}".split())
     program = Program(config, make_mesh(config.mesh, described.devices))
