@@ -74,12 +74,12 @@ def make_plan(config: RunConfig, topology: Topology, *, compiled: bool = True, r
     plan["margin_bytes"] = capacity - required
     plan["fits"] = plan["out_of_memory"] is None and required <= capacity
     if not plan["fits"] and plan["out_of_memory"] is None and plan["compiled"] is not None:
-        buffers = plan["compiled"]["largest_buffers"]
         plan["out_of_memory"] = {
             "used": required,
             "capacity": capacity,
             "over": required - capacity,
-            "buffers": buffers,
+            "memory_by_kind": plan["compiled"]["memory_by_kind"],
+            "buffers": plan["compiled"]["largest_buffers"],
             "relief": [],
         }
     plan["prediction"] = prediction(config, topology, plan, analytic)
@@ -103,8 +103,12 @@ def compiled_part(config: RunConfig, topology: Topology) -> dict[str, Any]:
             return {"compiled": analyse(step, compile_step(step), topology), "out_of_memory": None}
         except OutOfMemoryError as error:
             found = parse_out_of_memory(str(error)) or OutOfMemory(None, None, None)
-            buffers = largest_buffers(peak(parse(error.text))) if error.text else []
-            return {"compiled": None, "out_of_memory": {**asdict(found), "buffers": buffers, "relief": []}}
+            memory = peak(parse(error.text)) if error.text else None
+            held = {
+                "memory_by_kind": dict(memory.by_kind) if memory else None,
+                "buffers": largest_buffers(memory) if memory else [],
+            }
+            return {"compiled": None, "out_of_memory": {**asdict(found), **held, "relief": []}}
 
     return cache.remember(name, compile_it)
 

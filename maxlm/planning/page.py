@@ -139,9 +139,12 @@ def _keys(names: list[tuple[str, str]]) -> str:
 def _memory(plan: Plan) -> str:
     """The stacks of the compiler and of the roofline against what a device has."""
     grid = tables.memory(plan)
+    ran_out = at(plan, "out_of_memory") or {}
     rows = [
         _stack("compiler", at(plan, "compiled", "memory_by_kind"), at(plan, "compiled", "memory", "required")),
-        None if at(plan, "compiled") else _stack("compiler, ran out", None, at(plan, "out_of_memory", "used")),
+        None
+        if at(plan, "compiled")
+        else _stack("compiler, ran out", ran_out.get("memory_by_kind"), ran_out.get("used")),
         _stack("roofline", at(plan, "analytic", "memory"), at(plan, "analytic", "memory", "total")),
     ]
     drawn = [row for row in rows if row is not None]

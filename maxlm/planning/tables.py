@@ -38,7 +38,8 @@ from maxlm.planning.figures import (
 
 def memory(plan: Plan) -> Grid:
     """What a device holds by kind: the roofline's figures beside the compiler's."""
-    guess, kinds = at(plan, "analytic", "memory") or {}, at(plan, "compiled", "memory_by_kind") or {}
+    guess = at(plan, "analytic", "memory") or {}
+    kinds = at(plan, "compiled", "memory_by_kind") or at(plan, "out_of_memory", "memory_by_kind") or {}
     ran_out = number(at(plan, "out_of_memory", "used"))
     total = number(at(plan, "compiled", "memory", "required")) if ran_out is None else ran_out
     have, margin = capacity(plan), number(at(plan, "margin_bytes"))
