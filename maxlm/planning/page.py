@@ -139,7 +139,7 @@ def _keys(names: list[tuple[str, str]]) -> str:
 def _memory(plan: Plan) -> str:
     """The stacks of the compiler and of the roofline against what a device has."""
     grid = tables.memory(plan)
-    ran_out = at(plan, "out_of_memory") or {}
+    ran_out = {} if at(plan, "compiled") else at(plan, "out_of_memory") or {}
     rows = [
         _stack("compiler", at(plan, "compiled", "memory_by_kind"), at(plan, "compiled", "memory", "required")),
         None
