@@ -4,7 +4,7 @@ BASELINES is the JSON file of MaxText's figures, of the same libtpu, each row wi
 remat class. Ours are benchmarks/plans/*.json that name a row. Ratios are ours over theirs: below 1 is less.
 
 Cycles are the compiler's, of everything but attention's kernels and collectives, counted alike on both sides.
-MaxText's collective bytes were counted by lines of text, where an asynchronous fusion stands three times or more. On v5e
+MaxText's collective bytes were counted by lines of text, where an asynchronous fusion stands three times. On v5e
 its gathers are such fusions, as ours are, and both are counted so; on other chips it has none, and ours count once.
 Seconds of processor are of other days and other machines: a hint, no more.
 """
