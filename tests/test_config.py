@@ -373,7 +373,7 @@ def test_the_default_that_is_explained_is_the_one_that_applies(folder):
             continue
         value = data
         for part in row.key.split("."):
-            value = value[part]
+            value = None if value is None else value[part]
         assert value == row.default, row.key
 
 
@@ -401,6 +401,7 @@ def test_every_section_refuses_unknown_keys_and_is_frozen():
 CHANGES = [
     ("model.n_layers=5", False),
     ("model.rope_theta=5e5", False),
+    ("model.rope_scaling={kind: linear, factor: 2.0}", False),
     ("model.max_seq_len=512", False),
     ("tokenizer.path=elsewhere", True),
     ("tokenizer.kind=unigram", False),

@@ -221,7 +221,7 @@ def _layer_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     # Attention's output in two layouts; its log-sum-exp leaves the kernel once for each of 128 lanes.
     lse = shapes.tokens * shapes.heads * LANES * 4
     attention = named["q"] + lane_padding(model) * (2 * named["q"] + named["k"] + named["v"]) + lse
-    rope = shapes.tokens * model.head_width * 4 if model.positions == "rope" else 0
+    rope = shapes.tokens * model.rope_width * 4 if model.positions == "rope" else 0
     residual = (3 * shapes.residual_tokens + 2 * shapes.tokens) * model.d_model * width
     layer = [weight for weight in weights_of(model) if weight.part in ("attention", "mlp")]
     gathered = [weight.gathered(sizes) * width for weight in layer]
