@@ -402,6 +402,7 @@ CHANGES = [
     ("model.n_layers=5", False),
     ("model.rope_theta=5e5", False),
     ("model.rope_scaling={kind: linear, factor: 2.0}", False),
+    ("model.attention_window=64", False),
     ("model.max_seq_len=512", False),
     ("tokenizer.path=elsewhere", True),
     ("tokenizer.kind=unigram", False),

@@ -128,6 +128,12 @@ class ModelConfig(Section):
     attention_bias: bool = key(False, "biases on the query, key and value projections")
     attention_out_bias: bool = key(False, "a bias on attention's output projection")
     qk_norm: bool = key(False, "RMSNorm over each head of queries and keys, before RoPE (arXiv:2302.05442)")
+    attention_window: int | None = key(
+        None,
+        "a token attends to itself and the tokens before it, so many in all (Mistral, arXiv:2310.06825); null: to all",
+        unit="tokens",
+        ge=1,
+    )
     attention_softcap: float | None = key(None, "attention scores are softcap * tanh(scores / softcap)", gt=0)
     attention_implementation: Literal["auto", "reference", "chunked", "pallas"] = key(
         "auto", "which attention kernel runs; auto: pallas on TPUs where it takes the shapes, chunked elsewhere"

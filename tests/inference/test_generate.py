@@ -25,8 +25,9 @@ BRICKS = {
         "attention_softcap": 5.0, "logit_softcap": 4.0, "head_dim": 32
     },
     "multi-query, geglu, tied": {**tiny.LLAMA, "n_kv_heads": 1, "mlp": "geglu", "tied_embeddings": True},
-    "a part of each head turned, by YaRN": {
-        **tiny.LLAMA, "rope_fraction": 0.5, "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16}
+    "a window, a part of each head turned, by YaRN": {
+        **tiny.LLAMA, "attention_window": 6, "rope_fraction": 0.5,
+        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16}
     },
 }  # fmt: skip
 MESHES = {

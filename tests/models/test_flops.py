@@ -4,8 +4,15 @@ import jax
 import numpy as np
 import pytest
 
+from maxlm.kernels.masks import Mask
 from maxlm.models.config import ModelConfig
-from maxlm.models.flops import count_parameters, forward_flops, forward_flops_per_token, training_flops_per_token
+from maxlm.models.flops import (
+    attended_positions,
+    count_parameters,
+    forward_flops,
+    forward_flops_per_token,
+    training_flops_per_token,
+)
 from tests import tiny
 
 VARIANTS = {
@@ -86,6 +93,15 @@ def test_parts_of_the_forward_pass_add_up_and_each_is_its_matmuls():
     assert parts.mlp == 2 * layers * 3 * d * config.d_ff
     assert parts.head == 2 * d * config.vocab_size
     assert parts.attention_scores == 4 * layers * h * k * 33 / 2
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 31, 32, 33, 100])
+def test_scores_are_counted_by_the_pairs_that_the_mask_leaves(window):
+    config = ModelConfig(**tiny.LLAMA, attention_window=window)
+    pairs = Mask(causal=True, window=window).allows(np.arange(32)[:, None], np.arange(32)[None, :]).sum()
+    assert 32 * attended_positions(config, 32) == pairs
+    per_pair = 4 * config.n_layers * config.n_heads * config.head_width
+    assert 32 * forward_flops(config, 32).attention_scores == pytest.approx(per_pair * pairs)
 
 
 def test_a_dense_model_uses_all_its_parameters():

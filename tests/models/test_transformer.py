@@ -18,8 +18,9 @@ BRICKS = {
         **tiny.LLAMA, "head_dim": 32, "mlp": "geglu", "attention_bias": True, "mlp_bias": True
     },
     "layer norm, squared relu, tied": {**tiny.LLAMA, "norm": "layer", "mlp": "relu2", "tied_embeddings": True},
-    "a part of each head turned, by YaRN": {
-        **tiny.LLAMA, "rope_fraction": 0.5, "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16}
+    "a window, a part of each head turned, by YaRN": {
+        **tiny.LLAMA, "attention_window": 6, "rope_fraction": 0.5,
+        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16}
     },
 }  # fmt: skip
 MESHES = {"fsdp 8": {"fsdp": 8}, "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2}}

@@ -69,6 +69,7 @@ GPT2 = Family(
         "attention_out_bias": True,
         "mlp_bias": True,
         "qk_norm": False,
+        "attention_window": None,
         "attention_softcap": None,
         "logit_softcap": None,
     },
