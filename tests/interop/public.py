@@ -29,6 +29,43 @@ LLAMA_CONFIG = {
     "tie_word_embeddings": False,
     "torch_dtype": "float32",
 }
+_LLAMA_LIKE = {
+    name: value
+    for name, value in LLAMA_CONFIG.items()
+    if name not in ("architectures", "model_type", "attention_bias", "mlp_bias")
+}
+LLAMA31_CONFIG = LLAMA_CONFIG | {
+    "num_key_value_heads": 1,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+MISTRAL_CONFIG = _LLAMA_LIKE | {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "num_key_value_heads": 1,
+    "sliding_window": 5,
+}
+QWEN2_CONFIG = _LLAMA_LIKE | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "head_dim": 12,
+    "sliding_window": 5,
+    "use_sliding_window": False,
+    "max_window_layers": 2,
+    "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+}
+QWEN3_CONFIG = _LLAMA_LIKE | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "num_key_value_heads": 1,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+}
 GPT2_CONFIG = {
     "architectures": ["GPT2LMHeadModel"],
     "model_type": "gpt2",
@@ -55,6 +92,12 @@ def _llama_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     d, f, v, k = c["hidden_size"], c["intermediate_size"], c["vocab_size"], c["head_dim"]
     q, kv = c["num_attention_heads"] * k, c["num_key_value_heads"] * k
     found = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
+
+    def biased(name: str) -> bool:
+        if c["model_type"] == "qwen2":
+            return name.endswith(("q_proj", "k_proj", "v_proj"))
+        return c.get("attention_bias" if "attn" in name else "mlp_bias", False)
+
     if not c["tie_word_embeddings"]:
         found["lm_head.weight"] = (v, d)
     for i in range(c["num_hidden_layers"]):
@@ -65,8 +108,10 @@ def _llama_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         }  # fmt: skip
         for name, shape in linear.items():
             found[f"{at}{name}.weight"] = shape
-            if c["attention_bias" if "attn" in name else "mlp_bias"]:
+            if biased(name):
                 found[f"{at}{name}.bias"] = shape[:1]
+        if c["model_type"] == "qwen3":
+            found |= {f"{at}self_attn.q_norm.weight": (k,), f"{at}self_attn.k_norm.weight": (k,)}
         found |= {f"{at}input_layernorm.weight": (d,), f"{at}post_attention_layernorm.weight": (d,)}
     return found
 

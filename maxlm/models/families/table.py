@@ -117,6 +117,10 @@ def _same(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
 
 
+def _no_more(config: ModelConfig) -> dict[str, Any]:
+    return {}
+
+
 def _no_misfits(config: ModelConfig) -> Iterator[str]:
     return iter(())
 
@@ -151,7 +155,9 @@ class Family:
     buffers: str = r"(?!)"
     """a pattern of names of tensors in the files that are no weights"""
     read_config: Callable[[Mapping[str, Any]], dict[str, Any]] = _same
-    """brings other spellings of config.json to the keys above"""
+    """brings other spellings of config.json to the keys above; raises ConfigError on what has no equal here"""
+    write_config: Callable[[ModelConfig], dict[str, Any]] = _no_more
+    """what config.json has besides, or spells otherwise than by `keys` alone"""
     misfits: Callable[[ModelConfig], Iterator[str]] = _no_misfits
     """what else keeps a model out of the family, a clause each"""
 
@@ -185,11 +191,15 @@ class Family:
         theirs = {key: filled.get(ours, getattr(config, ours)) for key, ours in self.keys.items()}
         ids = {f"{name}_token_id": special_ids.get(name) for name in ("bos", "eos", "pad")}
         about = {"architectures": [self.architecture], "model_type": self.model_type, "torch_dtype": dtype}
+        theirs |= self.write_config(config)
         return dict(sorted((about | theirs | dict(self.constants) | ids | {"use_cache": True}).items()))
 
     def from_hf_config(self, theirs: Mapping[str, Any], origin: str) -> ModelConfig:
         """The model of the config.json `origin`. Raises ConfigError, naming every key that has no equal here."""
-        read = self.read_config(theirs)
+        try:
+            read = self.read_config(theirs)
+        except ConfigError as error:
+            raise ConfigError(f"{origin}: this model cannot be read:\n  {error}") from None
         problems = []
         for key, value in sorted(read.items()):
             if key in self.keys or key in self.harmless or key in BOOKKEEPING:
@@ -215,8 +225,9 @@ class Family:
         except ValidationError as error:
             lines = []
             for problem in error.errors():
-                ours = str(problem["loc"][0]) if problem["loc"] else ""
-                lines.append(f"{theirs.get(ours, ours)} ({ours}): {problem['msg']}" if ours else problem["msg"])
+                ours = ".".join(map(str, problem["loc"]))
+                key = theirs.get(ours.partition(".")[0], ours)
+                lines.append(f"{key} ({ours}): {problem['msg']}" if ours else problem["msg"])
             raise ConfigError(f"{origin}: this model cannot be read:\n  " + "\n  ".join(lines)) from None
         if misfits := self.misfits_of(config):
             raise ConfigError(f"{origin}: not a {self.model_type} model that transformers makes: " + "; ".join(misfits))
