@@ -138,10 +138,16 @@ class ModelConfig(Section):
     attention_implementation: Literal["auto", "reference", "chunked", "pallas"] = key(
         "auto", "which attention kernel runs; auto: pallas on TPUs where it takes the shapes, chunked elsewhere"
     )
-    mlp: Literal["swiglu", "geglu", "gelu", "relu2"] = key(
-        "swiglu", "gated by SiLU or GELU (arXiv:2002.05202), or plain with GELU or squared ReLU (arXiv:2109.08668)"
+    mlp: Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu2"] = key(
+        "swiglu",
+        "gated by SiLU or GELU (arXiv:2002.05202), or plain with GELU (by tanh, or exact) or squared ReLU "
+        "(arXiv:2109.08668)",
     )
     mlp_bias: bool = key(False, "biases in the feed-forward block")
+    parallel_residual: bool = key(
+        False,
+        "the feed-forward block reads the layer's input, as attention does, and not its result (arXiv:2204.06745)",
+    )
     tied_embeddings: bool = key(False, "the output head is the token embedding")
     logit_softcap: float | None = key(None, "logits are softcap * tanh(logits / softcap)", gt=0)
     init_std: float = key(0.02, "standard deviation of the initial weights", gt=0)

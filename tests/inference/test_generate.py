@@ -20,6 +20,7 @@ GREEDY = Sampling(temperature=0.0)
 BRICKS = {
     "llama": tiny.LLAMA,
     "gpt2": tiny.GPT2,
+    "gpt_neox": tiny.GPT_NEOX,
     "qk-norm, biases, soft-caps, wide heads": {
         **tiny.LLAMA, "qk_norm": True, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True,
         "attention_softcap": 5.0, "logit_softcap": 4.0, "head_dim": 32

@@ -26,6 +26,8 @@ CASES = {
     "qwen2, all layers slide": {**public.QWEN2_CONFIG, "use_sliding_window": True, "max_window_layers": 0},
     "qwen3": public.QWEN3_CONFIG,
     "qwen3, biases": {**public.QWEN3_CONFIG, "attention_bias": True, "tie_word_embeddings": False},
+    "gpt_neox": public.GPT_NEOX_CONFIG,
+    "gpt_neox, sequential": {**public.GPT_NEOX_CONFIG, "use_parallel_residual": False, "rotary_pct": 1.0},
     "gpt2": public.GPT2_CONFIG,
 }  # fmt: skip
 NEW_TOKENS = 32

@@ -19,6 +19,7 @@ from maxlm.inference.load import load_run
 from maxlm.interop import files
 from maxlm.interop.huggingface import export_params, export_run, import_model
 from maxlm.models.families import FAMILIES
+from maxlm.models.families.gpt_neox import GPT_NEOX
 from tests import tiny
 from tests.interop import ours, public
 
@@ -36,6 +37,11 @@ MODELS = {
     "qwen3": {**tiny.LLAMA, "qk_norm": True, "head_dim": 24, "n_kv_heads": 1, "tied_embeddings": True},
     "qwen3, biases, all layers slide": {
         **tiny.LLAMA, "qk_norm": True, "attention_bias": True, "attention_out_bias": True, "attention_window": 6
+    },
+    "gpt_neox": tiny.GPT_NEOX,
+    "gpt_neox, sequential, no biases of attention, tied": {
+        **tiny.GPT_NEOX, "parallel_residual": False, "attention_bias": False, "attention_out_bias": False,
+        "tied_embeddings": True, "rope_fraction": 1.0, "rope_scaling": ours.YARN
     },
     "gpt2": tiny.GPT2,
     "gpt2, untied": {**tiny.GPT2, "tied_embeddings": False},
@@ -205,10 +211,11 @@ def test_a_model_of_no_family_is_refused_before_its_weights_are_read(case, tmp_p
     ("change", "named"),
     [({"n_kv_heads": 2}, "model.n_kv_heads = 2"), ({"head_dim": 8}, "model.head_dim = 8")],
 )
-def test_gpt2_takes_equal_heads_alone(change, named, tmp_path):
-    run = tiny.config(model={**tiny.GPT2, **change})
-    with pytest.raises(ConfigError, match=f"gpt2: {named}"):
-        export_params(run.model, {}, tmp_path / "out", None)
+def test_gpt2_and_gpt_neox_take_equal_heads_alone(change, named, tmp_path):
+    for family, model in (("gpt2", tiny.GPT2), ("gpt_neox", tiny.GPT_NEOX)):
+        run = tiny.config(model={**model, **change})
+        with pytest.raises(ConfigError, match=f"{family}: {named}"):
+            export_params(run.model, {}, tmp_path / "out", None)
 
 
 def test_what_cannot_be_exported_is_refused_and_nothing_is_left(tmp_path, tokenizer):
@@ -378,6 +385,7 @@ PUBLIC = {
     "mistral, no window": public.MISTRAL_CONFIG | {"sliding_window": None},
     "qwen2": public.QWEN2_CONFIG,
     "qwen3": public.QWEN3_CONFIG,
+    "gpt_neox": public.GPT_NEOX_CONFIG,
 }
 
 
@@ -392,6 +400,20 @@ def test_a_public_models_tensors_go_in_and_out_bitwise(family, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     # Without its window a Mistral is a Llama.
     assert config["model_type"] == ("llama" if "no window" in family else PUBLIC[family]["model_type"])
+
+
+def test_a_joined_projection_has_queries_keys_and_values_head_by_head():
+    config = tiny.config(model=tiny.GPT_NEOX).model
+    weight = next(w for w in GPT_NEOX.weights if w.theirs.endswith("query_key_value.weight"))
+    rng = np.random.default_rng(0)
+    ours_ = [rng.standard_normal((64, 4, 16)).astype(np.float32) for _ in "qkv"]
+    theirs = weight.export(ours_, config)
+    assert theirs.shape == weight.shape(config) == (3 * 64, 64)
+    for head in range(4):
+        for i, array in enumerate(ours_):
+            np.testing.assert_array_equal(theirs[(3 * head + i) * 16 :][:16], array[:, head].T)
+    for found, array in zip(weight.read(theirs, config), ours_, strict=True):
+        np.testing.assert_array_equal(found, array)
 
 
 def change_tensors(**changes):

@@ -34,6 +34,11 @@ MODELS = {
     "qwen3, biases, all layers slide": {
         **tiny.LLAMA, "qk_norm": True, "attention_bias": True, "attention_out_bias": True, "attention_window": 6
     },
+    "gpt_neox": tiny.GPT_NEOX,
+    "gpt_neox, sequential, no biases of attention, tied": {
+        **tiny.GPT_NEOX, "parallel_residual": False, "attention_bias": False, "attention_out_bias": False,
+        "tied_embeddings": True, "rope_fraction": 1.0, "rope_scaling": ours.YARN
+    },
     "gpt2": tiny.GPT2,
     "gpt2, untied": {**tiny.GPT2, "tied_embeddings": False, "d_ff": 256},
 }  # fmt: skip
@@ -116,6 +121,11 @@ def test_what_transformers_saves_is_read_back_with_the_same_logits_and_text(tmp_
             **SIZES, initializer_range=0.3, use_sliding_window=True, sliding_window=5, max_window_layers=0
         ),
         "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16, initializer_range=0.3),
+        "gpt_neox": transformers.GPTNeoXConfig(
+            vocab_size=203, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=3,
+            max_position_embeddings=64, initializer_range=0.3,
+            rope_parameters={"rope_type": "default", "rope_theta": 5e3, "partial_rotary_factor": 0.5},
+        ),
         "gpt2": transformers.GPT2Config(
             vocab_size=203, n_positions=64, n_embd=48, n_layer=3, n_head=4, initializer_range=0.3,
         ),

@@ -11,6 +11,7 @@ from tests import tiny
 BRICKS = {
     "llama": tiny.LLAMA,
     "gpt2": tiny.GPT2,
+    "gpt_neox": tiny.GPT_NEOX,
     "multi-query, soft-caps, qk-norm": {
         **tiny.LLAMA, "n_kv_heads": 1, "attention_softcap": 20.0, "logit_softcap": 15.0, "qk_norm": True
     },

@@ -38,6 +38,7 @@ MESHES = {
 MODELS = {
     "llama": tiny.LLAMA | {"n_kv_heads": 4},
     "gpt2": tiny.GPT2,
+    "gpt_neox": tiny.GPT_NEOX,
     "everything on": tiny.LLAMA
     | {"n_kv_heads": 4, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True, "qk_norm": True}
     | {"norm": "layer", "mlp": "geglu", "head_dim": 32},

@@ -10,7 +10,7 @@ from typing import Any
 
 from maxlm.models.config import ModelConfig
 from maxlm.models.families.rope import read_rope
-from maxlm.models.families.table import Weight
+from maxlm.models.families.table import Weight, untied
 
 
 def _attention_bias(config: ModelConfig) -> bool:
@@ -27,11 +27,6 @@ def _qk_norm(config: ModelConfig) -> bool:
 
 def _mlp_bias(config: ModelConfig) -> bool:
     return config.mlp_bias
-
-
-def untied(config: ModelConfig) -> bool:
-    """For the head's weight."""
-    return not config.tied_embeddings
 
 
 def read_config(theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,6 +66,7 @@ BRICKS = {
     "positions": "rope",
     "rope_fraction": 1.0,
     "mlp": "swiglu",
+    "parallel_residual": False,
     "attention_softcap": None,
     "logit_softcap": None,
 }

@@ -48,13 +48,19 @@ def always(config: ModelConfig) -> bool:
     return True
 
 
+def untied(config: ModelConfig) -> bool:
+    """For a head of its own."""
+    return not config.tied_embeddings
+
+
 @dataclass(frozen=True)
 class Weight:
     """A line of the table of weights: where a tensor lies here and there, and how its axes are laid.
 
     `layout` says both ways at once: `dhk -> (hk)d` is our `[d, h, k]` as their matrix of `h * k` rows and `d` columns,
-    in letters d embed, h heads, g key-value heads, k head width, f mlp, v vocabulary, p positions. Several of ours are
-    one of theirs, joined along its last axis. `{layer}` in `theirs` stands for the leading axis of ours.
+    in letters d embed, h heads, g key-value heads, k head width, f mlp, v vocabulary, p positions. Where several of
+    ours are one of theirs, `n` tells them apart in it: `d(nhk)` has all heads of the first before all of the second,
+    `(hnk)d` one head of each in turn. `{layer}` in `theirs` stands for the leading axis of ours.
     """
 
     ours: tuple[str, ...]
@@ -70,47 +76,43 @@ class Weight:
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """The shape of their tensor."""
         _, groups = self._axes()
-        shape = [math.prod(_sizes(config)[letter] for letter in group) for group in groups]
-        return (*shape[:-1], shape[-1] * len(self.ours))
+        sizes = self._sizes(config)
+        return tuple(math.prod(sizes[letter] for letter in group) for group in groups)
 
     def our_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """The shape of each of ours, of one layer, the vocabulary padded."""
         letters, _ = self._axes()
-        sizes = _sizes(config) | {"v": config.padded_vocab_size}
-        return tuple(sizes[letter] for letter in letters)
+        sizes = self._sizes(config) | {"v": config.padded_vocab_size}
+        return tuple(sizes[letter] for letter in letters[1:])
 
     def export(self, arrays: list[np.ndarray], config: ModelConfig) -> np.ndarray:
         """Their tensor from ours, of one layer; the vocabulary's padding is cut off."""
         letters, groups = self._axes()
+        array = arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
+        if "v" in letters:
+            array = array[(slice(None),) * letters.index("v") + (slice(config.vocab_size),)]
         order = [letters.index(letter) for group in groups for letter in group]
-        shape = self.shape(config)
-        parts = []
-        for array in arrays:
-            if "v" in letters:
-                array = array[(slice(None),) * letters.index("v") + (slice(config.vocab_size),)]
-            parts.append(array.transpose(order).reshape(*shape[:-1], shape[-1] // len(arrays)))
-        return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1))
+        return np.ascontiguousarray(array.transpose(order).reshape(self.shape(config)))
 
     def read(self, tensor: np.ndarray, config: ModelConfig) -> list[np.ndarray]:
         """Ours, of one layer, from their tensor; rows of the padded vocabulary are zeros."""
         letters, groups = self._axes()
-        flat = [letter for group in groups for letter in group]
-        back = [flat.index(letter) for letter in letters]
-        arrays = []
-        for part in np.split(tensor, len(self.ours), axis=-1):
-            array = part.reshape([_sizes(config)[letter] for letter in flat]).transpose(back)
-            padding = [(0, to - now) for to, now in zip(self.our_shape(config), array.shape, strict=True)]
-            arrays.append(np.pad(array, padding) if "v" in letters else array)
-        return arrays
+        sizes, flat = self._sizes(config), [letter for group in groups for letter in group]
+        arrays = tensor.reshape([sizes[letter] for letter in flat]).transpose([flat.index(x) for x in letters])
+        padding = [(0, to - now) for to, now in zip(self.our_shape(config), arrays.shape[1:], strict=True)]
+        return [np.pad(array, padding) if "v" in letters else array for array in arrays]
 
     def _axes(self) -> tuple[str, list[str]]:
+        """The letters of ours, stacked on `n`, and the groups of letters of theirs."""
         ours, theirs = self.layout.split(" -> ")
-        return ours, [group.strip("()") for group in re.findall(r"\(\w+\)|\w", theirs)]
+        groups = [group.strip("()") for group in re.findall(r"\(\w+\)|\w", theirs)]
+        if len(self.ours) == 1:
+            groups[0] = f"n{groups[0]}"
+        return f"n{ours}", groups
 
-
-def _sizes(c: ModelConfig) -> dict[str, int]:
-    sizes = {"d": c.d_model, "h": c.n_heads, "g": c.kv_heads, "k": c.head_width, "f": c.d_ff}
-    return sizes | {"v": c.vocab_size, "p": c.max_seq_len}
+    def _sizes(self, c: ModelConfig) -> dict[str, int]:
+        sizes = {"d": c.d_model, "h": c.n_heads, "g": c.kv_heads, "k": c.head_width, "f": c.d_ff}
+        return sizes | {"v": c.vocab_size, "p": c.max_seq_len, "n": len(self.ours)}
 
 
 def _same(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,6 +148,8 @@ class Family:
     """of the names of all weights but the head's; files of the bare model lack it"""
     embedding: str
     """the name of the token embedding, which a tied head is"""
+    head: str = "lm_head.weight"
+    """the name of the head's weight"""
     linked: Mapping[str, str] = field(default_factory=dict)
     """our keys that in this family are equal to another of ours"""
     synonyms: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
