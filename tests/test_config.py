@@ -306,6 +306,7 @@ def test_every_preset_round_trips_through_yaml(preset, folder):
 
 def test_the_promised_presets_are_there():
     promised = {"quickstart", "gpt2-124m", "llama3-8b", "llama3-70b", "chinchilla-70b", *SINGLE_MACHINE}
+    promised |= {"llama3.1-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b", "pythia-6.9b"}
     assert promised <= set(preset_names())
 
 
