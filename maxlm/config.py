@@ -167,9 +167,10 @@ def explain(prefix: str | None = None) -> list[KeyRow]:
 
 
 def diff(a: RunConfig, b: RunConfig) -> list[tuple[str, Any, Any]]:
-    """The keys whose values differ, with both values."""
+    """The keys whose values differ, with both values; None for the keys of a section that is not there."""
     left, right = flatten(a), flatten(b)
-    return [(name, left[name], right[name]) for name in left if left[name] != right[name]]
+    names = dict.fromkeys((*left, *right))
+    return [(name, left.get(name), right.get(name)) for name in names if left.get(name) != right.get(name)]
 
 
 def check_resume(old: dict[str, Any], new: RunConfig) -> None:

@@ -306,6 +306,7 @@ def test_every_preset_round_trips_through_yaml(preset, folder):
 
 def test_the_promised_presets_are_there():
     promised = {"quickstart", "gpt2-124m", "llama3-8b", "llama3-70b", "chinchilla-70b", *SINGLE_MACHINE}
+    promised |= {"llama3.1-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b", "pythia-6.9b"}
     assert promised <= set(preset_names())
 
 
@@ -373,7 +374,7 @@ def test_the_default_that_is_explained_is_the_one_that_applies(folder):
             continue
         value = data
         for part in row.key.split("."):
-            value = value[part]
+            value = None if value is None else value[part]
         assert value == row.default, row.key
 
 
@@ -401,6 +402,8 @@ def test_every_section_refuses_unknown_keys_and_is_frozen():
 CHANGES = [
     ("model.n_layers=5", False),
     ("model.rope_theta=5e5", False),
+    ("model.rope_scaling={kind: linear, factor: 2.0}", False),
+    ("model.attention_window=64", False),
     ("model.max_seq_len=512", False),
     ("tokenizer.path=elsewhere", True),
     ("tokenizer.kind=unigram", False),

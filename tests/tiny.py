@@ -24,6 +24,15 @@ GPT2 = {
     "tied_embeddings": True,
 }
 
+GPT_NEOX = {
+    **GPT2,
+    "positions": "rope",
+    "rope_fraction": 0.25,
+    "mlp": "gelu_exact",
+    "parallel_residual": True,
+    "tied_embeddings": False,
+}
+
 
 def config(**sections: Any) -> RunConfig:
     """A tiny float32 run; keyword arguments replace keys section by section."""

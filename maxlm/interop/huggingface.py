@@ -161,13 +161,13 @@ def _checked_names(files: TensorFiles, family: Family, config: ModelConfig) -> d
     names: dict[str, str] = {}
     for name in files.files:
         full = name if name in tensors or name.startswith(family.prefix) else family.prefix + name
-        full = name if name == "lm_head.weight" else full
+        full = name if name == family.head else full
         if full in names:
             raise DataError(f"{files.where(name)}: {name} is {names[full]} once more, under another name")
         if not re.fullmatch(family.buffers, full):
             names[full] = name
-    if "lm_head.weight" not in tensors and "lm_head.weight" in names:
-        _check_tied(files, names.pop("lm_head.weight"), names.get(family.embedding))
+    if family.head not in tensors and family.head in names:
+        _check_tied(files, names.pop(family.head), names.get(family.embedding))
     expected = {name: weight.shape(config) for name, (weight, _) in tensors.items()}
     problems = named_differences({full: files.shape(name) for full, name in names.items()}, expected)
     for name in names.values():

@@ -74,7 +74,7 @@ class Attention(nnx.Module):
             q_BTHK,
             k_BTGK,
             v_BTGK,
-            mask=Mask(causal=True),
+            mask=Mask(causal=True, window=self.config.attention_window),
             segments_BT=context.segments_BT,
             softcap=self.config.attention_softcap,
             q_offset_B=context.lengths_B,

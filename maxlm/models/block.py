@@ -18,9 +18,10 @@ from maxlm.parallel.axes import mesh_axes, names_in
 
 
 class Block(nnx.Module):
-    """A pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x)); in parallel, both of the same x."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, init: Initializer):
+        self.parallel = config.parallel_residual
         self.attention_norm = model_norm(config, init.at("attention_norm"))
         self.attention = Attention(config, dtype, init.at("attention"))
         self.mlp_norm = model_norm(config, init.at("mlp_norm"))
@@ -32,6 +33,8 @@ class Block(nnx.Module):
         """The residual stream after the layer, and the layer's cache."""
         x_BTD = checkpoint_name(x_BTD, "layer_input")
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), context, cache)
+        if self.parallel:
+            return x_BTD + y_BTD + self.mlp(self.mlp_norm(x_BTD), context), cache
         x_BTD = x_BTD + y_BTD
         return x_BTD + self.mlp(self.mlp_norm(x_BTD), context), cache
 

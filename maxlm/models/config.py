@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import model_validator
@@ -42,6 +43,68 @@ class RematConfig(Section):
         return self
 
 
+# What each kind of RoPE scaling is made of, besides `factor`: the keys that it needs and those that it may have.
+ROPE_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": ((), ()),
+    "ntk": ((), ()),
+    "yarn": (("original_max_seq_len",), ("beta_fast", "beta_slow", "attention_factor")),
+    "llama3": (("original_max_seq_len", "low_freq_factor", "high_freq_factor"), ()),
+}
+
+
+class RopeScalingConfig(Section):
+    """How RoPE's wavelengths are stretched for rows longer than those that a model was first trained on."""
+
+    kind: Literal["linear", "ntk", "yarn", "llama3"] = key(
+        ...,
+        "linear: positions divided by `factor` (arXiv:2306.15595); ntk: a larger base, which stretches the longest "
+        "wavelength by `factor`; yarn: long wavelengths alone, and sharper attention (both arXiv:2309.00071); llama3: "
+        "long wavelengths alone, as Llama 3.1",
+    )
+    factor: float = key(..., "how many times as long rows become", ge=1)
+    original_max_seq_len: int | None = key(
+        None, "yarn, llama3: the longest row before the stretching", unit="tokens", ge=1
+    )
+    low_freq_factor: float | None = key(
+        None, "llama3: wavelengths over original_max_seq_len / this are stretched in full", gt=0
+    )
+    high_freq_factor: float | None = key(
+        None, "llama3: wavelengths under original_max_seq_len / this are left alone", gt=0
+    )
+    beta_fast: float | None = key(
+        None, "yarn: channels that turn oftener in original_max_seq_len are left alone; 32 where not given", gt=0
+    )
+    beta_slow: float | None = key(
+        None, "yarn: channels that turn more seldom are stretched in full; 1 where not given", gt=0
+    )
+    attention_factor: float | None = key(
+        None, "yarn: queries and keys are multiplied by this; 0.1 ln(factor) + 1 where not given", gt=0
+    )
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_kind(self) -> RopeScalingConfig:
+        needed, optional = ROPE_SCALINGS[self.kind]
+        given = {name for name in type(self).model_fields if getattr(self, name) is not None} - {"kind", "factor"}
+        if missing := [name for name in needed if name not in given]:
+            raise ValueError(f"kind {self.kind!r} needs {', '.join(missing)}")
+        if foreign := sorted(given - {*needed, *optional}):
+            has = ", ".join(("factor", *needed, *optional))
+            raise ValueError(f"{', '.join(foreign)} is not of kind {self.kind!r}, which has {has}; leave it out")
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            less, more = getattr(self.filled_in, low), getattr(self.filled_in, high)
+            if less is not None and more is not None and not less < more:
+                raise ValueError(f"{low} = {less:g} must be less than {high} = {more:g}")
+        return self
+
+    @property
+    def filled_in(self) -> RopeScalingConfig:
+        """The same with every number that the kind has."""
+        if self.kind != "yarn":
+            return self
+        numbers = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 0.1 * math.log(self.factor) + 1.0}
+        return self.model_copy(update={k: v for k, v in numbers.items() if getattr(self, k) is None})
+
+
 class ModelConfig(Section):
     """A decoder-only transformer: its sizes and its bricks."""
 
@@ -58,17 +121,33 @@ class ModelConfig(Section):
     norm_eps: float = key(1e-5, "added to the variance inside the norms", gt=0)
     positions: Literal["rope", "learned"] = key("rope", "rotary (arXiv:2104.09864) or learned absolute positions")
     rope_theta: float = key(10_000.0, "base of RoPE's wavelengths", gt=0)
+    rope_fraction: float = key(
+        1.0, "part of a head's channels that RoPE turns, the first ones; the others pass (GPT-NeoX)", gt=0, le=1
+    )
+    rope_scaling: RopeScalingConfig | None = key(None, "stretches RoPE's wavelengths for longer rows; null: none")
     attention_bias: bool = key(False, "biases on the query, key and value projections")
     attention_out_bias: bool = key(False, "a bias on attention's output projection")
     qk_norm: bool = key(False, "RMSNorm over each head of queries and keys, before RoPE (arXiv:2302.05442)")
+    attention_window: int | None = key(
+        None,
+        "a token attends to itself and the tokens before it, so many in all (Mistral, arXiv:2310.06825); null: to all",
+        unit="tokens",
+        ge=1,
+    )
     attention_softcap: float | None = key(None, "attention scores are softcap * tanh(scores / softcap)", gt=0)
     attention_implementation: Literal["auto", "reference", "chunked", "pallas"] = key(
         "auto", "which attention kernel runs; auto: pallas on TPUs where it takes the shapes, chunked elsewhere"
     )
-    mlp: Literal["swiglu", "geglu", "gelu", "relu2"] = key(
-        "swiglu", "gated by SiLU or GELU (arXiv:2002.05202), or plain with GELU or squared ReLU (arXiv:2109.08668)"
+    mlp: Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu2"] = key(
+        "swiglu",
+        "gated by SiLU or GELU (arXiv:2002.05202), or plain with GELU (by tanh, or exact) or squared ReLU "
+        "(arXiv:2109.08668)",
     )
     mlp_bias: bool = key(False, "biases in the feed-forward block")
+    parallel_residual: bool = key(
+        False,
+        "the feed-forward block reads the layer's input, as attention does, and not its result (arXiv:2204.06745)",
+    )
     tied_embeddings: bool = key(False, "the output head is the token embedding")
     logit_softcap: float | None = key(None, "logits are softcap * tanh(logits / softcap)", gt=0)
     init_std: float = key(0.02, "standard deviation of the initial weights", gt=0)
@@ -83,9 +162,32 @@ class ModelConfig(Section):
             raise ValueError(f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.n_kv_heads}")
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(f"d_model = {self.d_model} is not a multiple of n_heads = {self.n_heads}; give head_dim")
-        if self.positions == "rope" and self.head_width % 2:
-            raise ValueError(f"head_dim = {self.head_width} is odd, and RoPE turns pairs of channels")
         return self
+
+    @model_validator(mode="after")
+    def _rope_fits(self) -> ModelConfig:
+        if self.positions != "rope":
+            if self.rope_scaling is not None or self.rope_fraction != 1:
+                name = "rope_fraction" if self.rope_scaling is None else "rope_scaling"
+                raise ValueError(f"{name} is given, and positions = {self.positions!r} are not RoPE's; leave it out")
+            return self
+        if self.head_width % 2 and self.rope_fraction == 1:
+            raise ValueError(f"head_dim = {self.head_width} is odd, and RoPE turns pairs of channels")
+        if self.rope_width % 2 or not self.rope_width:
+            raise ValueError(
+                f"rope_fraction = {self.rope_fraction:g} of head_dim = {self.head_width} is {self.rope_width} "
+                "channels, and RoPE turns pairs of them; choose another fraction"
+            )
+        if self.rope_scaling is not None and self.rope_scaling.kind == "ntk" and self.rope_width == 2:
+            raise ValueError("rope_scaling.kind = 'ntk' changes all wavelengths but the first, and 2 channels have one")
+        if self.rope_scaling is not None and self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta = {self.rope_theta:g} must be over 1 with rope_scaling.kind = 'yarn'")
+        return self
+
+    @property
+    def rope_width(self) -> int:
+        """Channels of a head that RoPE turns."""
+        return int(self.head_width * self.rope_fraction)
 
     @property
     def kv_heads(self) -> int:

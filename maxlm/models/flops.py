@@ -58,16 +58,24 @@ class ForwardFlops:
         return self.attention_projections + self.attention_scores + self.mlp + self.head
 
 
+def attended_positions(config: ModelConfig, seq_len: int) -> float:
+    """To how many positions one of a full causal row of `seq_len` attends on average.
+
+    Position t attends to t + 1, or to the window where that is less.
+    """
+    window = min(config.attention_window or seq_len, seq_len)
+    return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
+
+
 def forward_flops(config: ModelConfig, seq_len: int) -> ForwardFlops:
     """Matmul FLOPs of the forward pass for one token of a full causal row of `seq_len`, by part.
 
-    Position t attends to t + 1 positions, (seq_len + 1) / 2 on average; scores and values take 2 FLOPs each for every
-    pair, head and channel.
+    Scores and values take 2 FLOPs each for every pair of positions that the mask leaves, head and channel.
     """
     c = config
     return ForwardFlops(
         attention_projections=2 * c.n_layers * _attention_matmul_parameters(c),
-        attention_scores=c.n_layers * 4 * c.n_heads * c.head_width * (seq_len + 1) / 2,
+        attention_scores=c.n_layers * 4 * c.n_heads * c.head_width * attended_positions(c, seq_len),
         mlp=2 * c.n_layers * _mlp_matmul_parameters(c),
         head=2 * c.vocab_size * c.d_model,
     )

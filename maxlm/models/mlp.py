@@ -14,11 +14,12 @@ from maxlm.models.config import ModelConfig
 from maxlm.models.layers import Initializer, project, use
 from maxlm.parallel.axes import constrain
 
-# GELU is the tanh form of GPT-2's code in every public checkpoint that these bricks reach.
+# GELU by tanh is GPT-2's code's; the exact one, by the error function, is GPT-NeoX's.
 ACTIVATIONS = {
     "swiglu": jax.nn.silu,
     "geglu": partial(jax.nn.gelu, approximate=True),
     "gelu": partial(jax.nn.gelu, approximate=True),
+    "gelu_exact": partial(jax.nn.gelu, approximate=False),
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 

@@ -2,19 +2,99 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from maxlm.models.config import ModelConfig
 
 
-def rope_angles(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines `[B, T, 1, head_dim / 2]`, float32, of each position times each wavelength's frequency."""
-    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angles = positions_BT[..., None].astype(jnp.float32) / theta**exponents
-    return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """The angle by which each channel pair turns from one position to the next, `[rope_width / 2]` float32, and the
+    factor on its cosines and sines (1 but for YaRN).
+
+    In float32 and in the order of transformers' operations: public weights were trained with these very numbers.
+    """
+    width, theta, scaling = config.rope_width, config.rope_theta, config.rope_scaling
+    if scaling is None:
+        return _unscaled(theta, width), 1.0
+    numbers = scaling.filled_in.model_dump(exclude={"kind"}, exclude_none=True)
+    return {"linear": _linear, "ntk": _ntk, "yarn": _yarn, "llama3": _llama3}[scaling.kind](theta, width, **numbers)
+
+
+def _unscaled(theta: float, width: int) -> np.ndarray:
+    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    return np.float32(1) / np.float32(theta) ** exponents
+
+
+def _linear(theta: float, width: int, factor: float) -> tuple[np.ndarray, float]:
+    return _unscaled(theta, width) / np.float32(factor), 1.0
+
+
+def _ntk(theta: float, width: int, factor: float) -> tuple[np.ndarray, float]:
+    """By the base whose longest wavelength is `factor` times as long (arXiv:2309.00071, "NTK-aware")."""
+    return _unscaled(theta * factor ** (width / (width - 2)), width), 1.0
+
+
+def _llama3(
+    theta: float,
+    width: int,
+    factor: float,
+    original_max_seq_len: int,
+    low_freq_factor: float,
+    high_freq_factor: float,
+) -> tuple[np.ndarray, float]:
+    """Long wavelengths stretched, short ones kept, and between them a mean of both by where between they lie
+    (`apply_scaling` of Llama 3.1's code)."""
+    plain = _unscaled(theta, width)
+    stretched = plain / np.float32(factor)
+    wavelengths = np.float32(2 * math.pi) / plain
+    periods = np.float32(original_max_seq_len) / wavelengths
+    kept = (periods - np.float32(low_freq_factor)) / np.float32(high_freq_factor - low_freq_factor)
+    between = (1 - kept) * stretched + kept * plain
+    short = wavelengths < original_max_seq_len / high_freq_factor
+    return np.where(
+        wavelengths > original_max_seq_len / low_freq_factor, stretched, np.where(short, plain, between)
+    ), 1.0
+
+
+def _yarn(
+    theta: float,
+    width: int,
+    factor: float,
+    original_max_seq_len: int,
+    beta_fast: float,
+    beta_slow: float,
+    attention_factor: float,
+) -> tuple[np.ndarray, float]:
+    """Pairs that turn often in the original length kept, those that turn seldom stretched, and a ramp between them
+    (arXiv:2309.00071, "NTK-by-parts"), whose ends are whole pairs as in YaRN's code."""
+
+    def pair_of(turns: float) -> float:
+        """The pair, not a whole number, that turns so often in the original length."""
+        return width * math.log(original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = max(math.floor(pair_of(beta_fast)), 0), min(math.ceil(pair_of(beta_slow)), width - 1)
+    rise = last - first or 0.001
+    share = np.clip((np.arange(width // 2, dtype=np.float32) - np.float32(first)) / np.float32(rise), 0, 1)
+    plain = _unscaled(theta, width)
+    return plain / np.float32(factor) * share + plain * (1 - share), attention_factor
+
+
+def rope_angles(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines `[B, T, 1, rope_width / 2]`, float32, of each position times each frequency."""
+    frequencies, factor = rope_frequencies(config)
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+    return factor * jnp.cos(angles)[:, :, None, :], factor * jnp.sin(angles)[:, :, None, :]
 
 
 def rotate(x_BTHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns channel pairs (i, i + K/2) of every head by its position's angles; computed in float32."""
-    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTHK.dtype)
+    """Turns channel pairs (i, i + R/2) of the first R of every head by its position's angles, where there are R / 2 of
+    them; computed in float32."""
+    half = cos.shape[-1]
+    x = x_BTHK.astype(jnp.float32)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1).astype(x_BTHK.dtype)

@@ -81,9 +81,7 @@ class Transformer(nnx.Module):
         rope = None
         if self.config.positions == "rope":
             # Kept: TPUs' compiler would make sines and cosines again in every layer, and compile them for ten seconds.
-            rope = jax.lax.optimization_barrier(
-                rope_angles(positions_BT, self.config.head_width, self.config.rope_theta)
-            )
+            rope = jax.lax.optimization_barrier(rope_angles(positions_BT, self.config))
         context = Context(rope, segments_BT, lengths_B)
         x_BTD = self.embedding(tokens_BT, positions_BT, context)
         x_BTD, cache = run_stack(self.decoder["0"], x_BTD, context, cache, self.config.remat)

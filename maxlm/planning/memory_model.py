@@ -31,7 +31,7 @@ LANES = 128
 
 # Arrays of [tokens, d_ff] that the activation leaves for the backward pass where everything is kept, besides its
 # inputs: outputs of its elementwise steps, and its result (jax.ad_checkpoint's list of saved residuals).
-ACTIVATION_ARRAYS = {"swiglu": 4, "geglu": 6, "gelu": 5, "relu2": 2.5}
+ACTIVATION_ARRAYS = {"swiglu": 4, "geglu": 6, "gelu": 5, "gelu_exact": 3, "relu2": 2.5}
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def named_bytes(model: ModelConfig, shapes: Shapes, width: int) -> dict[str, flo
         "v": kv,
         "flash_out": q * lane_padding(model) + lse,  # the TPU kernel names both so
         "flash_lse": 0,
-        "attention_out": residual,
+        "attention_out": 0 if model.parallel_residual else residual,  # no gradient needs it beside a parallel MLP
         "mlp_gate": inner if model.gated else 0,
         "mlp_up": inner,
         "mlp_out": residual,
@@ -221,7 +221,7 @@ def _layer_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     # Attention's output in two layouts; its log-sum-exp leaves the kernel once for each of 128 lanes.
     lse = shapes.tokens * shapes.heads * LANES * 4
     attention = named["q"] + lane_padding(model) * (2 * named["q"] + named["k"] + named["v"]) + lse
-    rope = shapes.tokens * model.head_width * 4 if model.positions == "rope" else 0
+    rope = shapes.tokens * model.rope_width * 4 if model.positions == "rope" else 0
     residual = (3 * shapes.residual_tokens + 2 * shapes.tokens) * model.d_model * width
     layer = [weight for weight in weights_of(model) if weight.part in ("attention", "mlp")]
     gathered = [weight.gathered(sizes) * width for weight in layer]

@@ -23,7 +23,7 @@ class Again:
     def share(self, part: str, model: ModelConfig) -> float:
         """The share of a part's forward FLOPs in a layer that are done again.
 
-        The MLP's last product never is: no gradient depends on its result.
+        The MLP's last product never is: no gradient depends on its result. Nor is attention's beside a parallel MLP.
         """
         if part == "attention scores":
             return float("flash_out" in self.names)
@@ -31,7 +31,8 @@ class Again:
             inner = ("mlp_gate", "mlp_up") if model.gated else ("mlp_up",)
             return sum(name in self.names for name in inner) / (len(inner) + 1)
         heads = {"q": model.n_heads, "k": model.kv_heads, "v": model.kv_heads, "attention_out": model.n_heads}
-        return sum(n for name, n in heads.items() if name in self.names) / sum(heads.values())
+        unneeded = {"attention_out"} if model.parallel_residual else set()
+        return sum(n for name, n in heads.items() if name in self.names - unneeded) / sum(heads.values())
 
 
 def kept(model: ModelConfig) -> frozenset[str]:

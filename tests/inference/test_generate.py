@@ -20,11 +20,16 @@ GREEDY = Sampling(temperature=0.0)
 BRICKS = {
     "llama": tiny.LLAMA,
     "gpt2": tiny.GPT2,
+    "gpt_neox": tiny.GPT_NEOX,
     "qk-norm, biases, soft-caps, wide heads": {
         **tiny.LLAMA, "qk_norm": True, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True,
         "attention_softcap": 5.0, "logit_softcap": 4.0, "head_dim": 32
     },
     "multi-query, geglu, tied": {**tiny.LLAMA, "n_kv_heads": 1, "mlp": "geglu", "tied_embeddings": True},
+    "a window, a part of each head turned, by YaRN": {
+        **tiny.LLAMA, "attention_window": 6, "rope_fraction": 0.5,
+        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16}
+    },
 }  # fmt: skip
 MESHES = {
     "one device": ({}, 1),

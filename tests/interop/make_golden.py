@@ -19,6 +19,15 @@ CASES = {
         **public.LLAMA_CONFIG, "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
         "num_key_value_heads": 4, "head_dim": 12, "rope_theta": 10000.0
     },
+    "llama 3.1": public.LLAMA31_CONFIG,
+    "mistral": public.MISTRAL_CONFIG,
+    "mistral, no window": {**public.MISTRAL_CONFIG, "sliding_window": None},
+    "qwen2": public.QWEN2_CONFIG,
+    "qwen2, all layers slide": {**public.QWEN2_CONFIG, "use_sliding_window": True, "max_window_layers": 0},
+    "qwen3": public.QWEN3_CONFIG,
+    "qwen3, biases": {**public.QWEN3_CONFIG, "attention_bias": True, "tie_word_embeddings": False},
+    "gpt_neox": public.GPT_NEOX_CONFIG,
+    "gpt_neox, sequential": {**public.GPT_NEOX_CONFIG, "use_parallel_residual": False, "rotary_pct": 1.0},
     "gpt2": public.GPT2_CONFIG,
 }  # fmt: skip
 NEW_TOKENS = 32

@@ -16,6 +16,12 @@ from maxlm.models.transformer import Model
 from maxlm.parallel.mesh import MeshConfig, make_mesh
 from tests import tiny
 
+# Scalings of RoPE that bear on rows as short as those of the tests.
+LLAMA31 = {
+    "kind": "llama3", "factor": 8.0, "original_max_seq_len": 16, "low_freq_factor": 1.0, "high_freq_factor": 4.0
+}  # fmt: skip
+YARN = {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16}
+
 
 def tokenizer(folder: Path) -> Path:
     """A byte-level BPE tokenizer of 300 tokens, trained by ours."""

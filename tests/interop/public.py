@@ -29,6 +29,60 @@ LLAMA_CONFIG = {
     "tie_word_embeddings": False,
     "torch_dtype": "float32",
 }
+_LLAMA_LIKE = {
+    name: value
+    for name, value in LLAMA_CONFIG.items()
+    if name not in ("architectures", "model_type", "attention_bias", "mlp_bias")
+}
+LLAMA31_CONFIG = LLAMA_CONFIG | {
+    "num_key_value_heads": 1,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+MISTRAL_CONFIG = _LLAMA_LIKE | {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "num_key_value_heads": 1,
+    "sliding_window": 5,
+}
+QWEN2_CONFIG = _LLAMA_LIKE | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "head_dim": 12,
+    "sliding_window": 5,
+    "use_sliding_window": False,
+    "max_window_layers": 2,
+    "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+}
+QWEN3_CONFIG = _LLAMA_LIKE | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "num_key_value_heads": 1,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+}
+GPT_NEOX_CONFIG = {
+    "architectures": ["GPTNeoXForCausalLM"],
+    "model_type": "gpt_neox",
+    "vocab_size": 203,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 64,
+    "layer_norm_eps": 1e-05,
+    "rotary_pct": 0.25,
+    "rotary_emb_base": 10000,
+    "use_parallel_residual": True,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
 GPT2_CONFIG = {
     "architectures": ["GPT2LMHeadModel"],
     "model_type": "gpt2",
@@ -48,13 +102,20 @@ GPT2_CONFIG = {
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The tensors of a model of one of these configs, as `transformers` names and shapes them."""
-    return _gpt2_shapes(config) if config["model_type"] == "gpt2" else _llama_shapes(config)
+    of_family = {"gpt2": _gpt2_shapes, "gpt_neox": _gpt_neox_shapes}
+    return of_family.get(config["model_type"], _llama_shapes)(config)
 
 
 def _llama_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     d, f, v, k = c["hidden_size"], c["intermediate_size"], c["vocab_size"], c["head_dim"]
     q, kv = c["num_attention_heads"] * k, c["num_key_value_heads"] * k
     found = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
+
+    def biased(name: str) -> bool:
+        if c["model_type"] == "qwen2":
+            return name.endswith(("q_proj", "k_proj", "v_proj"))
+        return c.get("attention_bias" if "attn" in name else "mlp_bias", False)
+
     if not c["tie_word_embeddings"]:
         found["lm_head.weight"] = (v, d)
     for i in range(c["num_hidden_layers"]):
@@ -65,8 +126,10 @@ def _llama_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         }  # fmt: skip
         for name, shape in linear.items():
             found[f"{at}{name}.weight"] = shape
-            if c["attention_bias" if "attn" in name else "mlp_bias"]:
+            if biased(name):
                 found[f"{at}{name}.bias"] = shape[:1]
+        if c["model_type"] == "qwen3":
+            found |= {f"{at}self_attn.q_norm.weight": (k,), f"{at}self_attn.k_norm.weight": (k,)}
         found |= {f"{at}input_layernorm.weight": (d,), f"{at}post_attention_layernorm.weight": (d,)}
     return found
 
@@ -81,6 +144,24 @@ def _gpt2_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         conv = {"attn.c_attn": (d, 3 * d), "attn.c_proj": (d, d), "mlp.c_fc": (d, f), "mlp.c_proj": (f, d)}
         for name, shape in conv.items():
             found |= {f"{at}{name}.weight": shape, f"{at}{name}.bias": shape[1:]}
+    for name in norms:
+        found |= {f"{name}.weight": (d,), f"{name}.bias": (d,)}
+    return found
+
+
+def _gpt_neox_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    d, f, v = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
+    found = {"gpt_neox.embed_in.weight": (v, d), "embed_out.weight": (v, d)}
+    norms = ["gpt_neox.final_layer_norm"]
+    for i in range(c["num_hidden_layers"]):
+        at = f"gpt_neox.layers.{i}."
+        norms += [f"{at}input_layernorm", f"{at}post_attention_layernorm"]
+        linear = {
+            "attention.query_key_value": (3 * d, d), "attention.dense": (d, d),
+            "mlp.dense_h_to_4h": (f, d), "mlp.dense_4h_to_h": (d, f),
+        }  # fmt: skip
+        for name, shape in linear.items():
+            found |= {f"{at}{name}.weight": shape, f"{at}{name}.bias": shape[:1]}
     for name in norms:
         found |= {f"{name}.weight": (d,), f"{name}.bias": (d,)}
     return found

@@ -18,6 +18,8 @@ from maxlm.inference.generate import generate_run
 from maxlm.inference.load import load_run
 from maxlm.interop import files
 from maxlm.interop.huggingface import export_params, export_run, import_model
+from maxlm.models.families import FAMILIES
+from maxlm.models.families.gpt_neox import GPT_NEOX
 from tests import tiny
 from tests.interop import ours, public
 
@@ -26,6 +28,20 @@ MODELS = {
     "llama, tied, biases, wide heads": {
         **tiny.LLAMA, "tied_embeddings": True, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True,
         "head_dim": 32, "n_kv_heads": 1, "rope_theta": 5e5, "norm_eps": 1e-6, "init_std": 0.01
+    },
+    "llama 3.1": {**tiny.LLAMA, "rope_theta": 5e5, "rope_scaling": ours.LLAMA31},
+    "llama, positions interpolated": {**tiny.LLAMA, "rope_scaling": {"kind": "linear", "factor": 4.0}},
+    "mistral": {**tiny.LLAMA, "attention_window": 6, "n_kv_heads": 1, "head_dim": 24, "tied_embeddings": True},
+    "qwen2": {**tiny.LLAMA, "attention_bias": True, "rope_scaling": ours.YARN},
+    "qwen2, all layers slide": {**tiny.LLAMA, "attention_bias": True, "attention_window": 6, "head_dim": 24},
+    "qwen3": {**tiny.LLAMA, "qk_norm": True, "head_dim": 24, "n_kv_heads": 1, "tied_embeddings": True},
+    "qwen3, biases, all layers slide": {
+        **tiny.LLAMA, "qk_norm": True, "attention_bias": True, "attention_out_bias": True, "attention_window": 6
+    },
+    "gpt_neox": tiny.GPT_NEOX,
+    "gpt_neox, sequential, no biases of attention, tied": {
+        **tiny.GPT_NEOX, "parallel_residual": False, "attention_bias": False, "attention_out_bias": False,
+        "tied_embeddings": True, "rope_fraction": 1.0, "rope_scaling": ours.YARN
     },
     "gpt2": tiny.GPT2,
     "gpt2, untied": {**tiny.GPT2, "tied_embeddings": False},
@@ -158,11 +174,20 @@ def test_half_precision_files_lose_nothing(stored, parameters, tmp_path):
 NO_FAMILY = {
     "soft-capped logits": ({"logit_softcap": 30.0}, "model.logit_softcap = 30.0"),
     "soft-capped scores": ({"attention_softcap": 30.0}, "model.attention_softcap = 30.0"),
-    "qk-norm": ({"qk_norm": True}, "model.qk_norm = True"),
+    "qk-norm with layer norm": ({"qk_norm": True, "norm": "layer"}, "model.qk_norm = True"),
+    "a part of each head": ({"rope_fraction": 0.5}, "model.rope_fraction = 0.5"),
+    "static NTK": ({"rope_scaling": {"kind": "ntk", "factor": 2.0}}, "model.rope_scaling.kind = 'ntk'"),
+    "a window and biases in the feed-forward block": (
+        {"attention_window": 8, "mlp_bias": True},
+        "model.attention_window = 8",
+    ),
     "geglu with layer norm": ({"mlp": "geglu", "norm": "layer"}, "model.mlp = 'geglu'"),
     "squared relu": ({"mlp": "relu2"}, "model.mlp = 'relu2'"),
-    "biases on three of four projections": ({"attention_bias": True}, "model.attention_out_bias = False"),
-    "width no multiple of heads": ({"d_model": 72, "n_heads": 16, "head_dim": 8}, "model.d_model = 72"),
+    "a bias on one of four projections": ({"attention_out_bias": True}, "model.attention_out_bias = True"),
+    "biases and a width that is no multiple of heads": (
+        {"d_model": 72, "n_heads": 16, "head_dim": 8, "mlp_bias": True},
+        "model.d_model = 72",
+    ),
 }
 
 
@@ -186,10 +211,11 @@ def test_a_model_of_no_family_is_refused_before_its_weights_are_read(case, tmp_p
     ("change", "named"),
     [({"n_kv_heads": 2}, "model.n_kv_heads = 2"), ({"head_dim": 8}, "model.head_dim = 8")],
 )
-def test_gpt2_takes_equal_heads_alone(change, named, tmp_path):
-    run = tiny.config(model={**tiny.GPT2, **change})
-    with pytest.raises(ConfigError, match=f"gpt2: {named}"):
-        export_params(run.model, {}, tmp_path / "out", None)
+def test_gpt2_and_gpt_neox_take_equal_heads_alone(change, named, tmp_path):
+    for family, model in (("gpt2", tiny.GPT2), ("gpt_neox", tiny.GPT_NEOX)):
+        run = tiny.config(model={**model, **change})
+        with pytest.raises(ConfigError, match=f"{family}: {named}"):
+            export_params(run.model, {}, tmp_path / "out", None)
 
 
 def test_what_cannot_be_exported_is_refused_and_nothing_is_left(tmp_path, tokenizer):
@@ -265,10 +291,25 @@ CONFIGS = {
     "no type": ({"model_type": None}, "model_type = None"),
     "another head": ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act = 'gelu': only 'silu'"),
-    "scaled rope": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
-    "scaled rope, as version 5 writes it": (
-        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}, "rope_scaling"
+    "rope that depends on the row's length": (
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type = 'dynamic': the types that can"
     ),
+    "rope with two factors a channel, as version 5 writes it": (
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "longrope", "long_factor": [2.0]}},
+        "rope_parameters.rope_type = 'longrope'",
+    ),
+    "rope's number of another type": (
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32.0}}, "beta_fast is not of kind 'linear'"
+    ),
+    "rope's number that is not known": (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "rope_scaling.mscale = 0.7: not known"
+    ),
+    "rope without its numbers": ({"rope_scaling": {"rope_type": "llama3"}}, "(rope_scaling.factor)"),
+    "rope in two spellings": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 1e4}}, "both given"
+    ),
+    "rope that is no mapping": ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn': not a mapping"),
+    "a part of each head turned": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     "a sliding window": ({"sliding_window": 4096}, "sliding_window = 4096"),
     "quantized weights": ({"quantization_config": {"bits": 4}}, "quantization_config"),
     "a size of the wrong kind": ({"hidden_size": "big"}, "hidden_size (d_model)"),
@@ -286,6 +327,93 @@ def test_a_config_with_no_equal_here_is_refused_by_name(case, tmp_path, llama):
     assert message in str(caught.value)
     assert "config.json" in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+# Qwen models in which a window slides in some layers, or is not said in full.
+WINDOWS = {
+    "from the third layer on": ({"use_sliding_window": True}, "a window slides in 1 of 3 layers"),
+    "in layers that are named": (
+        {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+        "a window slides in 1 of 3 layers",
+    ),
+    "in layers, and not at all": ({"layer_types": ["sliding_attention"] * 3}, "use_sliding_window = False"),
+    "in chunks": ({"layer_types": ["chunked_attention"] * 3}, "['chunked_attention'] is neither"),
+    "from a layer that is no number": ({"max_window_layers": "all"}, "max_window_layers = 'all'"),
+}
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_a_qwen_model_whose_layers_differ_is_refused(case, tmp_path):
+    change, message = WINDOWS[case]
+    folder = public.write_folder(tmp_path / "theirs", public.QWEN2_CONFIG | change, {})
+    with pytest.raises(ConfigError) as caught:
+        import_model(folder, tmp_path / "run")
+    assert message in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+# Llama 3.1's RoPE, as each version of transformers has spelled it.
+SPELLINGS = {
+    "rope_type": lambda c: c,
+    "type": lambda c: c | {"rope_scaling": {("type" if k == "rope_type" else k): x for k, x in ROPE.items()}},
+    "both": lambda c: c | {"rope_scaling": ROPE | {"type": "llama3"}},
+    "the length left to max_position_embeddings": lambda c: (
+        c
+        | {"max_position_embeddings": 16}
+        | {"rope_scaling": {k: x for k, x in ROPE.items() if k != "original_max_position_embeddings"}}
+    ),
+    "version 5": lambda c: (
+        {k: x for k, x in c.items() if k not in ("rope_scaling", "rope_theta")}
+        | {"rope_parameters": ROPE | {"rope_theta": c["rope_theta"], "partial_rotary_factor": 1.0}}
+    ),
+}
+ROPE = public.LLAMA31_CONFIG["rope_scaling"]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_of_scaled_rope_is_the_same_model(spelling):
+    config = FAMILIES[0].from_hf_config(SPELLINGS[spelling](public.LLAMA31_CONFIG), "config.json")
+    assert config.rope_scaling.model_dump(exclude_none=True) == ours.LLAMA31
+    assert config.rope_theta == 5000.0
+    written = FAMILIES[0].to_hf_config(config, dtype="float32", special_ids={})
+    assert (written["rope_theta"], written["rope_scaling"]) == (5000.0, ROPE)
+
+
+PUBLIC = {
+    "llama 3.1": public.LLAMA31_CONFIG,
+    "mistral": public.MISTRAL_CONFIG,
+    "mistral, no window": public.MISTRAL_CONFIG | {"sliding_window": None},
+    "qwen2": public.QWEN2_CONFIG,
+    "qwen3": public.QWEN3_CONFIG,
+    "gpt_neox": public.GPT_NEOX_CONFIG,
+}
+
+
+@pytest.mark.parametrize("family", PUBLIC)
+def test_a_public_models_tensors_go_in_and_out_bitwise(family, tmp_path):
+    tensors = public.weights(PUBLIC[family])
+    import_model(public.write_folder(tmp_path / "theirs", PUBLIC[family], tensors), tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out")
+    found = load_file(tmp_path / "out" / files.SINGLE)
+    assert found.keys() == tensors.keys()
+    assert all(found[name].tobytes() == x.tobytes() for name, x in tensors.items())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    # Without its window a Mistral is a Llama.
+    assert config["model_type"] == ("llama" if "no window" in family else PUBLIC[family]["model_type"])
+
+
+def test_a_joined_projection_has_queries_keys_and_values_head_by_head():
+    config = tiny.config(model=tiny.GPT_NEOX).model
+    weight = next(w for w in GPT_NEOX.weights if w.theirs.endswith("query_key_value.weight"))
+    rng = np.random.default_rng(0)
+    ours_ = [rng.standard_normal((64, 4, 16)).astype(np.float32) for _ in "qkv"]
+    theirs = weight.export(ours_, config)
+    assert theirs.shape == weight.shape(config) == (3 * 64, 64)
+    for head in range(4):
+        for i, array in enumerate(ours_):
+            np.testing.assert_array_equal(theirs[(3 * head + i) * 16 :][:16], array[:, head].T)
+    for found, array in zip(weight.read(theirs, config), ours_, strict=True):
+        np.testing.assert_array_equal(found, array)
 
 
 def change_tensors(**changes):

@@ -4,13 +4,23 @@ import jax
 import numpy as np
 import pytest
 
+from maxlm.config import load_config
+from maxlm.kernels.masks import Mask
 from maxlm.models.config import ModelConfig
-from maxlm.models.flops import count_parameters, forward_flops, forward_flops_per_token, training_flops_per_token
+from maxlm.models.families import family_for
+from maxlm.models.flops import (
+    attended_positions,
+    count_parameters,
+    forward_flops,
+    forward_flops_per_token,
+    training_flops_per_token,
+)
 from tests import tiny
 
 VARIANTS = {
     "llama": tiny.LLAMA,
     "gpt2": tiny.GPT2,
+    "gpt_neox": tiny.GPT_NEOX,
     "gpt2 untied": {**tiny.GPT2, "tied_embeddings": False},
     "llama with biases and qk-norm": {**tiny.LLAMA, "attention_bias": True, "mlp_bias": True, "qk_norm": True},
     "wide heads, squared relu": {**tiny.LLAMA, "head_dim": 32, "n_kv_heads": 1, "mlp": "relu2"},
@@ -43,6 +53,41 @@ def test_counted_parameters_are_those_of_the_arrays(name):
 )  # fmt: skip
 def test_counts_are_those_published(published, sizes):
     assert count_parameters(ModelConfig(**sizes)).total == pytest.approx(published, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("preset", "total", "non_embedding"),
+    [
+        ("llama3.1-8b", 8.03e9, 6.98e9),  # model card; without two matrices of 128,256 x 4096
+        ("mistral-7b", 7.24e9, 6.98e9),  # model card; without two matrices of 32,000 x 4096
+        ("qwen2.5-7b", 7.61e9, 6.53e9),  # model card, both
+        ("qwen3-8b", 8.19e9, 6.95e9),  # model card, both
+        ("pythia-6.9b", 6_857_302_016, 6_444_163_072),  # its repository's table of sizes
+    ],
+)
+def test_presets_of_public_models_have_their_published_sizes(preset, total, non_embedding):
+    counted = count_parameters(load_config(preset).model)
+    assert counted.total == pytest.approx(total, rel=2e-3)
+    assert counted.non_embedding == pytest.approx(non_embedding, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("preset", "family"),
+    [
+        ("llama3.1-8b", "llama"),
+        ("mistral-7b", "mistral"),
+        ("qwen2.5-7b", "qwen2"),
+        ("qwen3-8b", "qwen3"),
+        ("pythia-6.9b", "gpt_neox"),
+    ],
+)
+def test_presets_of_public_models_are_of_their_families(preset, family):
+    config = load_config(preset).model
+    assert family_for(config).model_type == family
+    theirs = family_for(config).to_hf_config(config, dtype="bfloat16", special_ids={})
+    again = family_for(config).from_hf_config(theirs, "config.json")
+    filled_in = {"n_kv_heads": config.kv_heads, "head_dim": config.head_width, "remat": config.remat}
+    assert again.model_copy(update=filled_in) == config.model_copy(update=filled_in)
 
 
 def test_training_flops_are_six_a_matmul_parameter_and_the_causal_half_of_attention():
@@ -86,6 +131,15 @@ def test_parts_of_the_forward_pass_add_up_and_each_is_its_matmuls():
     assert parts.mlp == 2 * layers * 3 * d * config.d_ff
     assert parts.head == 2 * d * config.vocab_size
     assert parts.attention_scores == 4 * layers * h * k * 33 / 2
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 31, 32, 33, 100])
+def test_scores_are_counted_by_the_pairs_that_the_mask_leaves(window):
+    config = ModelConfig(**tiny.LLAMA, attention_window=window)
+    pairs = Mask(causal=True, window=window).allows(np.arange(32)[:, None], np.arange(32)[None, :]).sum()
+    assert 32 * attended_positions(config, 32) == pairs
+    per_pair = 4 * config.n_layers * config.n_heads * config.head_width
+    assert 32 * forward_flops(config, 32).attention_scores == pytest.approx(per_pair * pairs)
 
 
 def test_a_dense_model_uses_all_its_parameters():

@@ -11,6 +11,7 @@ from tests import tiny
 BRICKS = {
     "llama": tiny.LLAMA,
     "gpt2": tiny.GPT2,
+    "gpt_neox": tiny.GPT_NEOX,
     "multi-query, soft-caps, qk-norm": {
         **tiny.LLAMA, "n_kv_heads": 1, "attention_softcap": 20.0, "logit_softcap": 15.0, "qk_norm": True
     },
@@ -18,6 +19,10 @@ BRICKS = {
         **tiny.LLAMA, "head_dim": 32, "mlp": "geglu", "attention_bias": True, "mlp_bias": True
     },
     "layer norm, squared relu, tied": {**tiny.LLAMA, "norm": "layer", "mlp": "relu2", "tied_embeddings": True},
+    "a window, a part of each head turned, by YaRN": {
+        **tiny.LLAMA, "attention_window": 6, "rope_fraction": 0.5,
+        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16}
+    },
 }  # fmt: skip
 MESHES = {"fsdp 8": {"fsdp": 8}, "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2}}
 

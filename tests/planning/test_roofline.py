@@ -13,7 +13,7 @@ import pytest
 
 from maxlm.config import load_config
 from maxlm.kernels import cross_entropy
-from maxlm.models.flops import training_flops_per_token
+from maxlm.models.flops import attended_positions, training_flops_per_token
 from maxlm.parallel.mesh import AXES, resolve_sizes
 from maxlm.planning import memory_model
 from maxlm.planning.compile import lower_on
@@ -38,10 +38,12 @@ MESHES = {
 MODELS = {
     "llama": tiny.LLAMA | {"n_kv_heads": 4},
     "gpt2": tiny.GPT2,
+    "gpt_neox": tiny.GPT_NEOX,
     "everything on": tiny.LLAMA
     | {"n_kv_heads": 4, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True, "qk_norm": True}
     | {"norm": "layer", "mlp": "geglu", "head_dim": 32},
-    "plain mlp, tied": tiny.LLAMA | {"n_kv_heads": 4, "mlp": "relu2", "tied_embeddings": True},
+    "plain mlp, tied, window": tiny.LLAMA
+    | {"n_kv_heads": 4, "mlp": "relu2", "tied_embeddings": True, "attention_window": 7},
 }
 
 
@@ -149,9 +151,9 @@ def test_flops_are_those_of_the_program_that_the_compiler_is_given(model, remat)
     run = tiny.config(model=shape, mesh={"fsdp": 1})
     found = roofline(run, parse_topology("v5e:1x1"), resolve_sizes(run.mesh, 1))
     scores = {one.name: one.flops for one in found.parts if one.name.startswith("attention scores")}
-    T = run.train.seq_len
     whole = scores["attention scores"] * 3 / 3.5 + scores.get("attention scores, recomputed", 0)
-    expected = sum(one.flops for one in found.parts) - sum(scores.values()) + whole * 2 * T / (T + 1)
+    attended = attended_positions(run.model, run.train.seq_len)
+    expected = sum(one.flops for one in found.parts) - sum(scores.values()) + whole * run.train.seq_len / attended
     lowered, _ = lower_on(run, jax.devices()[:1])
     assert flops_of_products(lowered.as_text(dialect="hlo")) == pytest.approx(expected, rel=0.01)
 

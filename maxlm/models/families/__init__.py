@@ -11,10 +11,14 @@ from typing import Any
 from maxlm.errors import ConfigError
 from maxlm.models.config import ModelConfig
 from maxlm.models.families.gpt2 import GPT2
+from maxlm.models.families.gpt_neox import GPT_NEOX
 from maxlm.models.families.llama import LLAMA
+from maxlm.models.families.mistral import MISTRAL
+from maxlm.models.families.qwen import QWEN2, QWEN3
 from maxlm.models.families.table import Family
 
-FAMILIES = (LLAMA, GPT2)
+# A model of two families is exported as the first of them.
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, GPT2)
 
 
 def family_for(config: ModelConfig) -> Family:

@@ -9,11 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from maxlm.models.config import ModelConfig
-from maxlm.models.families.table import Family, Weight
-
-
-def _untied(config: ModelConfig) -> bool:
-    return not config.tied_embeddings
+from maxlm.models.families.table import Family, Weight, untied
 
 
 def _read_config(theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,6 +65,8 @@ GPT2 = Family(
         "attention_out_bias": True,
         "mlp_bias": True,
         "qk_norm": False,
+        "attention_window": None,
+        "parallel_residual": False,
         "attention_softcap": None,
         "logit_softcap": None,
     },
@@ -106,8 +104,8 @@ GPT2 = Family(
         Weight(("embedding.positions",), "transformer.wpe.weight", "pd -> pd"),
         Weight((f"{_OURS}attention_norm.scale",), f"{_LAYER}ln_1.weight", "d -> d"),
         Weight((f"{_OURS}attention_norm.bias",), f"{_LAYER}ln_1.bias", "d -> d"),
-        Weight(_QKV, f"{_LAYER}attn.c_attn.weight", "dhk -> d(hk)"),
-        Weight(tuple(f"{name}_bias" for name in _QKV), f"{_LAYER}attn.c_attn.bias", "hk -> (hk)"),
+        Weight(_QKV, f"{_LAYER}attn.c_attn.weight", "dhk -> d(nhk)"),
+        Weight(tuple(f"{name}_bias" for name in _QKV), f"{_LAYER}attn.c_attn.bias", "hk -> (nhk)"),
         Weight((f"{_OURS}attention.o",), f"{_LAYER}attn.c_proj.weight", "hkd -> (hk)d"),
         Weight((f"{_OURS}attention.o_bias",), f"{_LAYER}attn.c_proj.bias", "d -> d"),
         Weight((f"{_OURS}mlp_norm.scale",), f"{_LAYER}ln_2.weight", "d -> d"),
@@ -118,6 +116,6 @@ GPT2 = Family(
         Weight((f"{_OURS}mlp.down_bias",), f"{_LAYER}mlp.c_proj.bias", "d -> d"),
         Weight(("final_norm.scale",), "transformer.ln_f.weight", "d -> d"),
         Weight(("final_norm.bias",), "transformer.ln_f.bias", "d -> d"),
-        Weight(("head.kernel",), "lm_head.weight", "vd -> vd", _untied),
+        Weight(("head.kernel",), "lm_head.weight", "vd -> vd", untied),
     ),
 )

@@ -48,13 +48,19 @@ def always(config: ModelConfig) -> bool:
     return True
 
 
+def untied(config: ModelConfig) -> bool:
+    """For a head of its own."""
+    return not config.tied_embeddings
+
+
 @dataclass(frozen=True)
 class Weight:
     """A line of the table of weights: where a tensor lies here and there, and how its axes are laid.
 
     `layout` says both ways at once: `dhk -> (hk)d` is our `[d, h, k]` as their matrix of `h * k` rows and `d` columns,
-    in letters d embed, h heads, g key-value heads, k head width, f mlp, v vocabulary, p positions. Several of ours are
-    one of theirs, joined along its last axis. `{layer}` in `theirs` stands for the leading axis of ours.
+    in letters d embed, h heads, g key-value heads, k head width, f mlp, v vocabulary, p positions. Where several of
+    ours are one of theirs, `n` tells them apart in it: `d(nhk)` has all heads of the first before all of the second,
+    `(hnk)d` one head of each in turn. `{layer}` in `theirs` stands for the leading axis of ours.
     """
 
     ours: tuple[str, ...]
@@ -70,51 +76,51 @@ class Weight:
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """The shape of their tensor."""
         _, groups = self._axes()
-        shape = [math.prod(_sizes(config)[letter] for letter in group) for group in groups]
-        return (*shape[:-1], shape[-1] * len(self.ours))
+        sizes = self._sizes(config)
+        return tuple(math.prod(sizes[letter] for letter in group) for group in groups)
 
     def our_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """The shape of each of ours, of one layer, the vocabulary padded."""
         letters, _ = self._axes()
-        sizes = _sizes(config) | {"v": config.padded_vocab_size}
-        return tuple(sizes[letter] for letter in letters)
+        sizes = self._sizes(config) | {"v": config.padded_vocab_size}
+        return tuple(sizes[letter] for letter in letters[1:])
 
     def export(self, arrays: list[np.ndarray], config: ModelConfig) -> np.ndarray:
         """Their tensor from ours, of one layer; the vocabulary's padding is cut off."""
         letters, groups = self._axes()
+        array = arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
+        if "v" in letters:
+            array = array[(slice(None),) * letters.index("v") + (slice(config.vocab_size),)]
         order = [letters.index(letter) for group in groups for letter in group]
-        shape = self.shape(config)
-        parts = []
-        for array in arrays:
-            if "v" in letters:
-                array = array[(slice(None),) * letters.index("v") + (slice(config.vocab_size),)]
-            parts.append(array.transpose(order).reshape(*shape[:-1], shape[-1] // len(arrays)))
-        return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1))
+        return np.ascontiguousarray(array.transpose(order).reshape(self.shape(config)))
 
     def read(self, tensor: np.ndarray, config: ModelConfig) -> list[np.ndarray]:
         """Ours, of one layer, from their tensor; rows of the padded vocabulary are zeros."""
         letters, groups = self._axes()
-        flat = [letter for group in groups for letter in group]
-        back = [flat.index(letter) for letter in letters]
-        arrays = []
-        for part in np.split(tensor, len(self.ours), axis=-1):
-            array = part.reshape([_sizes(config)[letter] for letter in flat]).transpose(back)
-            padding = [(0, to - now) for to, now in zip(self.our_shape(config), array.shape, strict=True)]
-            arrays.append(np.pad(array, padding) if "v" in letters else array)
-        return arrays
+        sizes, flat = self._sizes(config), [letter for group in groups for letter in group]
+        arrays = tensor.reshape([sizes[letter] for letter in flat]).transpose([flat.index(x) for x in letters])
+        padding = [(0, to - now) for to, now in zip(self.our_shape(config), arrays.shape[1:], strict=True)]
+        return [np.pad(array, padding) if "v" in letters else array for array in arrays]
 
     def _axes(self) -> tuple[str, list[str]]:
+        """The letters of ours, stacked on `n`, and the groups of letters of theirs."""
         ours, theirs = self.layout.split(" -> ")
-        return ours, [group.strip("()") for group in re.findall(r"\(\w+\)|\w", theirs)]
+        groups = [group.strip("()") for group in re.findall(r"\(\w+\)|\w", theirs)]
+        if len(self.ours) == 1:
+            groups[0] = f"n{groups[0]}"
+        return f"n{ours}", groups
 
-
-def _sizes(c: ModelConfig) -> dict[str, int]:
-    sizes = {"d": c.d_model, "h": c.n_heads, "g": c.kv_heads, "k": c.head_width, "f": c.d_ff}
-    return sizes | {"v": c.vocab_size, "p": c.max_seq_len}
+    def _sizes(self, c: ModelConfig) -> dict[str, int]:
+        sizes = {"d": c.d_model, "h": c.n_heads, "g": c.kv_heads, "k": c.head_width, "f": c.d_ff}
+        return sizes | {"v": c.vocab_size, "p": c.max_seq_len, "n": len(self.ours)}
 
 
 def _same(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
+
+
+def _no_more(config: ModelConfig) -> dict[str, Any]:
+    return {}
 
 
 def _no_misfits(config: ModelConfig) -> Iterator[str]:
@@ -142,6 +148,8 @@ class Family:
     """of the names of all weights but the head's; files of the bare model lack it"""
     embedding: str
     """the name of the token embedding, which a tied head is"""
+    head: str = "lm_head.weight"
+    """the name of the head's weight"""
     linked: Mapping[str, str] = field(default_factory=dict)
     """our keys that in this family are equal to another of ours"""
     synonyms: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -151,7 +159,9 @@ class Family:
     buffers: str = r"(?!)"
     """a pattern of names of tensors in the files that are no weights"""
     read_config: Callable[[Mapping[str, Any]], dict[str, Any]] = _same
-    """brings other spellings of config.json to the keys above"""
+    """brings other spellings of config.json to the keys above; raises ConfigError on what has no equal here"""
+    write_config: Callable[[ModelConfig], dict[str, Any]] = _no_more
+    """what config.json has besides, or spells otherwise than by `keys` alone"""
     misfits: Callable[[ModelConfig], Iterator[str]] = _no_misfits
     """what else keeps a model out of the family, a clause each"""
 
@@ -185,11 +195,15 @@ class Family:
         theirs = {key: filled.get(ours, getattr(config, ours)) for key, ours in self.keys.items()}
         ids = {f"{name}_token_id": special_ids.get(name) for name in ("bos", "eos", "pad")}
         about = {"architectures": [self.architecture], "model_type": self.model_type, "torch_dtype": dtype}
+        theirs |= self.write_config(config)
         return dict(sorted((about | theirs | dict(self.constants) | ids | {"use_cache": True}).items()))
 
     def from_hf_config(self, theirs: Mapping[str, Any], origin: str) -> ModelConfig:
         """The model of the config.json `origin`. Raises ConfigError, naming every key that has no equal here."""
-        read = self.read_config(theirs)
+        try:
+            read = self.read_config(theirs)
+        except ConfigError as error:
+            raise ConfigError(f"{origin}: this model cannot be read:\n  {error}") from None
         problems = []
         for key, value in sorted(read.items()):
             if key in self.keys or key in self.harmless or key in BOOKKEEPING:
@@ -215,8 +229,9 @@ class Family:
         except ValidationError as error:
             lines = []
             for problem in error.errors():
-                ours = str(problem["loc"][0]) if problem["loc"] else ""
-                lines.append(f"{theirs.get(ours, ours)} ({ours}): {problem['msg']}" if ours else problem["msg"])
+                ours = ".".join(map(str, problem["loc"]))
+                key = theirs.get(ours.partition(".")[0], ours)
+                lines.append(f"{key} ({ours}): {problem['msg']}" if ours else problem["msg"])
             raise ConfigError(f"{origin}: this model cannot be read:\n  " + "\n  ".join(lines)) from None
         if misfits := self.misfits_of(config):
             raise ConfigError(f"{origin}: not a {self.model_type} model that transformers makes: " + "; ".join(misfits))
