@@ -72,13 +72,15 @@ class RopeScalingConfig(Section):
         None, "llama3: wavelengths under original_max_seq_len / this are left alone", gt=0
     )
     beta_fast: float | None = key(
-        None, "yarn: channels that turn oftener in original_max_seq_len are left alone; 32 where not given", gt=0
+        None,
+        "yarn: channels that turn oftener than this in original_max_seq_len are left alone; 32 where not given",
+        gt=0,
     )
     beta_slow: float | None = key(
-        None, "yarn: channels that turn more seldom are stretched in full; 1 where not given", gt=0
+        None, "yarn: channels that turn more seldom than this are stretched in full; 1 where not given", gt=0
     )
     attention_factor: float | None = key(
-        None, "yarn: queries and keys are multiplied by this; 0.1 ln(factor) + 1 where not given", gt=0
+        None, "yarn: turned queries and keys are multiplied by this; 0.1 ln(factor) + 1 where not given", gt=0
     )
 
     @model_validator(mode="after")
