@@ -347,21 +347,15 @@ class _Collectives:
         transfer, name = _BETWEEN_SLICES.search(one.attributes), _RENDEZVOUS.search(one.attributes)
         if transfer is None or name is None:
             return None
-        computation = self.module.computation_of(one)
-        ends = {
-            each.opcode: each
-            for each in computation.instructions
-            if each.opcode in ("recv", "recv-done") and f'rendezvous="{name[1]}"' in each.attributes
-        }
-        received = ends.get("recv")
+        computation, rendezvous = self.module.computation_of(one), name[0]
+        receives = (each for each in computation.instructions if each.opcode == "recv")
+        received = next((each for each in receives if rendezvous in each.attributes), None)
+        users = computation.users[received.name] if received else ()
+        end = next((user for user in users if user.opcode == "recv-done"), None)
         kind = _TRANSFERS.get(transfer[1], "collective-permute")
         # The first of (array, context, token); what is gathered is as large as what comes.
         counted = one if received is None or kind in BY_OPERANDS else received
         whole = counted.shape.elements[0]
-        end = ends.get("recv-done") or next(
-            (user for user in computation.users[received.name] if user.opcode == "recv-done") if received else iter(()),
-            None,
-        )
         op_name, _ = origin(self.module, one)
         found = Collective(
             kind=kind,
