@@ -355,7 +355,7 @@ class _Collectives:
         kind = _TRANSFERS.get(transfer[1], "collective-permute")
         # The first of (array, context, token); what is gathered is as large as what comes.
         counted = one if received is None or kind in BY_OPERANDS else received
-        whole = counted.shape.elements[0]
+        whole = counted.shape.leaves[0]
         op_name, _ = origin(self.module, one)
         found = Collective(
             kind=kind,
