@@ -53,8 +53,8 @@ def expected(plan: dict[str, Any]) -> list[str]:
     words = [
         plan["config"],
         topology["name"],
-        f"{topology['accelerator']}: {topology['chips']} chip",
-        f"{topology['hosts']} host",
+        f"{topology['accelerator']}: {topology['chips']:,} chip",
+        f"{topology['hosts']:,} host",
         mesh,
         f"{count(model['parameters']['total'])} parameters",
         f"{count(model['parameters']['non_embedding'])} without embeddings",
