@@ -37,7 +37,7 @@ PARTS = ("embedding", "layers forward", "layers backward", "layers recomputed", 
 _KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "__cudnn$", "__cublas$")
 _COMPUTES = ("fusion", "custom-call", "while", "dot", "convolution", "call", "conditional", "sort", "scatter")
 _CHAIN = re.compile(r'chain_id="([^"]*)"')
-_RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
+_RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="[^"]*"')
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 # XLA's names for what the runtime between slices (megascale) does; anything else goes from one to one.
 _TRANSFERS = {

@@ -142,9 +142,7 @@ def _memory(plan: Plan) -> str:
     ran_out = {} if at(plan, "compiled") else at(plan, "out_of_memory") or {}
     rows = [
         _stack("compiler", at(plan, "compiled", "memory_by_kind"), at(plan, "compiled", "memory", "required")),
-        None
-        if at(plan, "compiled")
-        else _stack("compiler, ran out", ran_out.get("memory_by_kind"), ran_out.get("used")),
+        _stack("compiler, ran out", ran_out.get("memory_by_kind"), ran_out.get("used")),
         _stack("roofline", at(plan, "analytic", "memory"), at(plan, "analytic", "memory", "total")),
     ]
     drawn = [row for row in rows if row is not None]

@@ -28,7 +28,7 @@ _LATENCY_HIDING = Option(
     "long as its estimator of latencies is on",
 )
 
-# Neither alone does anything. v5e's compiler does so without being asked; on tpu7x they change nothing.
+# One or two of them do nothing. v5e's compiler does so without being asked; on tpu7x they change nothing.
 _BESIDE = {
     name: Option(
         True,

@@ -25,21 +25,7 @@ MODELS = {
         "head_dim": 32, "rope_theta": 5e5, "norm_eps": 1e-6
     },
     "llama, one key head": {**tiny.LLAMA, "n_kv_heads": 1},
-    "llama 3.1": {**tiny.LLAMA, "rope_theta": 5e5, "rope_scaling": ours.LLAMA31},
-    "llama, positions interpolated": {**tiny.LLAMA, "rope_scaling": {"kind": "linear", "factor": 4.0}},
-    "mistral": {**tiny.LLAMA, "attention_window": 6, "n_kv_heads": 1, "head_dim": 24, "tied_embeddings": True},
-    "qwen2": {**tiny.LLAMA, "attention_bias": True, "rope_scaling": ours.YARN},
-    "qwen2, all layers slide": {**tiny.LLAMA, "attention_bias": True, "attention_window": 6, "head_dim": 24},
-    "qwen3": {**tiny.LLAMA, "qk_norm": True, "head_dim": 24, "n_kv_heads": 1, "tied_embeddings": True},
-    "qwen3, biases, all layers slide": {
-        **tiny.LLAMA, "qk_norm": True, "attention_bias": True, "attention_out_bias": True, "attention_window": 6
-    },
-    "gpt_neox": tiny.GPT_NEOX,
-    "gpt_neox, sequential, no biases of attention, tied": {
-        **tiny.GPT_NEOX, "parallel_residual": False, "attention_bias": False, "attention_out_bias": False,
-        "tied_embeddings": True, "rope_fraction": 1.0, "rope_scaling": ours.YARN
-    },
-    "gpt2": tiny.GPT2,
+    **ours.MODELS,
     "gpt2, untied": {**tiny.GPT2, "tied_embeddings": False, "d_ff": 256},
 }  # fmt: skip
 GREEDY = Sampling(temperature=0.0)

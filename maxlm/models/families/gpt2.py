@@ -5,11 +5,10 @@ Its projections are `Conv1D`s, `[in, out]` as ours, with queries, keys and value
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from maxlm.models.config import ModelConfig
-from maxlm.models.families.table import Family, Weight, untied
+from maxlm.models.families.table import Family, Weight, plain_heads, untied
 
 
 def _read_config(theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,13 +20,6 @@ def _read_config(theirs: Mapping[str, Any]) -> dict[str, Any]:
     if read.get("n_inner") is None and isinstance(read.get("n_embd", 768), int):
         read["n_inner"] = 4 * read.get("n_embd", 768)
     return read
-
-
-def _misfits(config: ModelConfig) -> Iterator[str]:
-    if config.kv_heads != config.n_heads:
-        yield f"model.n_kv_heads = {config.kv_heads} (it has as many as n_heads = {config.n_heads})"
-    if config.n_heads * config.head_width != config.d_model:
-        yield f"model.head_dim = {config.head_width} (it has d_model / n_heads = {config.d_model / config.n_heads:g})"
 
 
 _LAYER, _OURS = "transformer.h.{layer}.", "decoder.0."
@@ -96,7 +88,7 @@ GPT2 = Family(
     ),
     buffers=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
     read_config=_read_config,
-    misfits=_misfits,
+    misfits=plain_heads,
     prefix="transformer.",
     embedding="transformer.wte.weight",
     weights=(

@@ -6,15 +6,12 @@ Queries, keys and values are one projection, head by head: the query, key and va
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from typing import Any
 
 from maxlm.models.config import ModelConfig
 from maxlm.models.families.rope import read_rope, rope_misfits, write_rope
-from maxlm.models.families.table import Family, Weight, untied
-
-
-def _attention_bias(config: ModelConfig) -> bool:
-    return config.attention_bias
+from maxlm.models.families.table import Family, Weight, plain_heads, untied
 
 
 def _read_config(theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,10 +25,7 @@ def _read_config(theirs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _misfits(config: ModelConfig) -> Iterator[str]:
     yield from rope_misfits(config)
-    if config.kv_heads != config.n_heads:
-        yield f"model.n_kv_heads = {config.kv_heads} (it has as many as n_heads = {config.n_heads})"
-    if config.n_heads * config.head_width != config.d_model:
-        yield f"model.head_dim = {config.head_width} (it has d_model / n_heads = {config.d_model / config.n_heads:g})"
+    yield from plain_heads(config)
 
 
 _LAYER, _OURS = "gpt_neox.layers.{layer}.", "decoder.0."
@@ -97,9 +91,9 @@ GPT_NEOX = Family(
         Weight((f"{_OURS}attention_norm.scale",), f"{_LAYER}input_layernorm.weight", "d -> d"),
         Weight((f"{_OURS}attention_norm.bias",), f"{_LAYER}input_layernorm.bias", "d -> d"),
         Weight(_QKV, f"{_LAYER}attention.query_key_value.weight", "dhk -> (hnk)d"),
-        Weight(_QKV_BIAS, f"{_LAYER}attention.query_key_value.bias", "hk -> (hnk)", _attention_bias),
+        Weight(_QKV_BIAS, f"{_LAYER}attention.query_key_value.bias", "hk -> (hnk)", attrgetter("attention_bias")),
         Weight((f"{_OURS}attention.o",), f"{_LAYER}attention.dense.weight", "hkd -> d(hk)"),
-        Weight((f"{_OURS}attention.o_bias",), f"{_LAYER}attention.dense.bias", "d -> d", _attention_bias),
+        Weight((f"{_OURS}attention.o_bias",), f"{_LAYER}attention.dense.bias", "d -> d", attrgetter("attention_bias")),
         Weight((f"{_OURS}mlp_norm.scale",), f"{_LAYER}post_attention_layernorm.weight", "d -> d"),
         Weight((f"{_OURS}mlp_norm.bias",), f"{_LAYER}post_attention_layernorm.bias", "d -> d"),
         Weight((f"{_OURS}mlp.up",), f"{_LAYER}mlp.dense_h_to_4h.weight", "df -> fd"),

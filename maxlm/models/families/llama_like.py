@@ -6,27 +6,11 @@ Their files hold RoPE in the half-split layout, as our rotation has it, so proje
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
-from maxlm.models.config import ModelConfig
-from maxlm.models.families.rope import read_rope
-from maxlm.models.families.table import Weight, untied
-
-
-def _attention_bias(config: ModelConfig) -> bool:
-    return config.attention_bias
-
-
-def _attention_out_bias(config: ModelConfig) -> bool:
-    return config.attention_out_bias
-
-
-def _qk_norm(config: ModelConfig) -> bool:
-    return config.qk_norm
-
-
-def _mlp_bias(config: ModelConfig) -> bool:
-    return config.mlp_bias
+from maxlm.models.families.rope import read_rope, rope_misfits, write_rope
+from maxlm.models.families.table import Family, Weight, untied
 
 
 def read_config(theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,19 +69,51 @@ WEIGHTS = (
     Weight((f"{_OURS}attention.k",), f"{_LAYER}self_attn.k_proj.weight", "dgk -> (gk)d"),
     Weight((f"{_OURS}attention.v",), f"{_LAYER}self_attn.v_proj.weight", "dgk -> (gk)d"),
     Weight((f"{_OURS}attention.o",), f"{_LAYER}self_attn.o_proj.weight", "hkd -> d(hk)"),
-    Weight((f"{_OURS}attention.q_bias",), f"{_LAYER}self_attn.q_proj.bias", "hk -> (hk)", _attention_bias),
-    Weight((f"{_OURS}attention.k_bias",), f"{_LAYER}self_attn.k_proj.bias", "gk -> (gk)", _attention_bias),
-    Weight((f"{_OURS}attention.v_bias",), f"{_LAYER}self_attn.v_proj.bias", "gk -> (gk)", _attention_bias),
-    Weight((f"{_OURS}attention.o_bias",), f"{_LAYER}self_attn.o_proj.bias", "d -> d", _attention_out_bias),
-    Weight((f"{_OURS}attention.q_norm.scale",), f"{_LAYER}self_attn.q_norm.weight", "k -> k", _qk_norm),
-    Weight((f"{_OURS}attention.k_norm.scale",), f"{_LAYER}self_attn.k_norm.weight", "k -> k", _qk_norm),
+    Weight((f"{_OURS}attention.q_bias",), f"{_LAYER}self_attn.q_proj.bias", "hk -> (hk)", attrgetter("attention_bias")),
+    Weight((f"{_OURS}attention.k_bias",), f"{_LAYER}self_attn.k_proj.bias", "gk -> (gk)", attrgetter("attention_bias")),
+    Weight((f"{_OURS}attention.v_bias",), f"{_LAYER}self_attn.v_proj.bias", "gk -> (gk)", attrgetter("attention_bias")),
+    Weight((f"{_OURS}attention.o_bias",), f"{_LAYER}self_attn.o_proj.bias", "d -> d", attrgetter("attention_out_bias")),
+    Weight((f"{_OURS}attention.q_norm.scale",), f"{_LAYER}self_attn.q_norm.weight", "k -> k", attrgetter("qk_norm")),
+    Weight((f"{_OURS}attention.k_norm.scale",), f"{_LAYER}self_attn.k_norm.weight", "k -> k", attrgetter("qk_norm")),
     Weight((f"{_OURS}mlp_norm.scale",), f"{_LAYER}post_attention_layernorm.weight", "d -> d"),
     Weight((f"{_OURS}mlp.gate",), f"{_LAYER}mlp.gate_proj.weight", "df -> fd"),
     Weight((f"{_OURS}mlp.up",), f"{_LAYER}mlp.up_proj.weight", "df -> fd"),
     Weight((f"{_OURS}mlp.down",), f"{_LAYER}mlp.down_proj.weight", "fd -> df"),
-    Weight((f"{_OURS}mlp.gate_bias",), f"{_LAYER}mlp.gate_proj.bias", "f -> f", _mlp_bias),
-    Weight((f"{_OURS}mlp.up_bias",), f"{_LAYER}mlp.up_proj.bias", "f -> f", _mlp_bias),
-    Weight((f"{_OURS}mlp.down_bias",), f"{_LAYER}mlp.down_proj.bias", "d -> d", _mlp_bias),
+    Weight((f"{_OURS}mlp.gate_bias",), f"{_LAYER}mlp.gate_proj.bias", "f -> f", attrgetter("mlp_bias")),
+    Weight((f"{_OURS}mlp.up_bias",), f"{_LAYER}mlp.up_proj.bias", "f -> f", attrgetter("mlp_bias")),
+    Weight((f"{_OURS}mlp.down_bias",), f"{_LAYER}mlp.down_proj.bias", "d -> d", attrgetter("mlp_bias")),
     Weight(("final_norm.scale",), "model.norm.weight", "d -> d"),
     Weight(("head.kernel",), "lm_head.weight", "vd -> vd", untied),
 )
+
+
+def family(
+    model_type: str,
+    architecture: str,
+    *,
+    keys: Mapping[str, str],
+    defaults: Mapping[str, Any],
+    bricks: Mapping[str, Any],
+    **others: Any,
+) -> Family:
+    """A family like Llama: its own keys, defaults and bricks besides those of all, and `others` in place of theirs."""
+    common = {
+        "constants": CONSTANTS,
+        "synonyms": SYNONYMS,
+        "harmless": HARMLESS,
+        "buffers": BUFFERS,
+        "read_config": read_config,
+        "write_config": write_rope,
+        "misfits": rope_misfits,
+    }
+    return Family(
+        model_type=model_type,
+        architecture=architecture,
+        keys={**KEYS, **keys},
+        defaults={**DEFAULTS, **defaults},
+        bricks={**BRICKS, **bricks},
+        prefix=PREFIX,
+        embedding=EMBEDDING,
+        weights=WEIGHTS,
+        **{**common, **others},
+    )

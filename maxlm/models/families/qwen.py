@@ -9,11 +9,9 @@ from typing import Any
 from maxlm.errors import ConfigError
 from maxlm.models.config import ModelConfig
 from maxlm.models.families import llama_like
-from maxlm.models.families.rope import rope_misfits, write_rope
-from maxlm.models.families.table import Family
+from maxlm.models.families.rope import write_rope
 
 _DEFAULTS = {
-    **llama_like.DEFAULTS,
     "vocab_size": 151936,
     "num_key_value_heads": 32,
     "intermediate_size": 22016,
@@ -27,7 +25,7 @@ def _read_config(theirs: Mapping[str, Any]) -> dict[str, Any]:
     read = llama_like.read_config(theirs)
     window, layer_types = read.pop("sliding_window", 4096), read.pop("layer_types", None)
     slides, first = read.pop("use_sliding_window", False), read.pop("max_window_layers", 28)
-    n_layers = read.get("num_hidden_layers", _DEFAULTS["num_hidden_layers"])
+    n_layers = read.get("num_hidden_layers", llama_like.DEFAULTS["num_hidden_layers"])
     if not isinstance(n_layers, int) or not isinstance(first, int) or not isinstance(layer_types, list | None):
         raise ConfigError(
             f"num_hidden_layers = {n_layers!r}, max_window_layers = {first!r}, layer_types = {layer_types!r}: "
@@ -55,45 +53,23 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
     return write_rope(config) | slide
 
 
-QWEN2 = Family(
-    model_type="qwen2",
-    architecture="Qwen2ForCausalLM",
-    keys={**llama_like.KEYS, "sliding_window": "attention_window"},
+QWEN2 = llama_like.family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    keys={"sliding_window": "attention_window"},
     defaults=_DEFAULTS,
-    bricks={
-        **llama_like.BRICKS,
-        "attention_bias": True,
-        "attention_out_bias": False,
-        "mlp_bias": False,
-        "qk_norm": False,
-    },
-    constants=llama_like.CONSTANTS,
-    synonyms=llama_like.SYNONYMS,
-    harmless=llama_like.HARMLESS,
-    buffers=llama_like.BUFFERS,
+    bricks={"attention_bias": True, "attention_out_bias": False, "mlp_bias": False, "qk_norm": False},
     read_config=_read_config,
     write_config=_write_config,
-    misfits=rope_misfits,
-    prefix=llama_like.PREFIX,
-    embedding=llama_like.EMBEDDING,
-    weights=llama_like.WEIGHTS,
 )
 
-QWEN3 = Family(
-    model_type="qwen3",
-    architecture="Qwen3ForCausalLM",
-    keys={**llama_like.KEYS, "sliding_window": "attention_window", "attention_bias": "attention_bias"},
+QWEN3 = llama_like.family(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    keys={"sliding_window": "attention_window", "attention_bias": "attention_bias"},
     defaults={**_DEFAULTS, "head_dim": 128, "attention_bias": False},
-    bricks={**llama_like.BRICKS, "mlp_bias": False, "qk_norm": True},
+    bricks={"mlp_bias": False, "qk_norm": True},
     linked={"attention_out_bias": "attention_bias"},
-    constants=llama_like.CONSTANTS,
-    synonyms=llama_like.SYNONYMS,
-    harmless=llama_like.HARMLESS,
-    buffers=llama_like.BUFFERS,
     read_config=_read_config,
     write_config=_write_config,
-    misfits=rope_misfits,
-    prefix=llama_like.PREFIX,
-    embedding=llama_like.EMBEDDING,
-    weights=llama_like.WEIGHTS,
 )

@@ -127,6 +127,14 @@ def _no_misfits(config: ModelConfig) -> Iterator[str]:
     return iter(())
 
 
+def plain_heads(config: ModelConfig) -> Iterator[str]:
+    """Misfits of a family whose heads share out the width, each with its own keys and values."""
+    if config.kv_heads != config.n_heads:
+        yield f"model.n_kv_heads = {config.kv_heads} (it has as many as n_heads = {config.n_heads})"
+    if config.n_heads * config.head_width != config.d_model:
+        yield f"model.head_dim = {config.head_width} (it has d_model / n_heads = {config.d_model / config.n_heads:g})"
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of public models, as the bricks that it is made of."""
