@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from maxlm.errors import ConfigError, DataError
 from maxlm.inference.sampling import Sampling, sample
 from maxlm.kernels.cross_entropy import logits
-from maxlm.models.attention import LayerCache
+from maxlm.models.block import Caches
 from maxlm.models.transformer import Model, Params, Transformer
 from maxlm.parallel.axes import activation_spec, constrain, shards_of
 
@@ -31,7 +31,7 @@ class Decoding(NamedTuple):
     """What goes from one token to the next: `step` tokens are chosen in every row, the last of them is `token_B`."""
 
     step: jax.Array
-    cache: LayerCache
+    caches: Caches
     lengths_B: jax.Array
     token_B: jax.Array
     done_B: jax.Array
@@ -147,9 +147,9 @@ def bucket(length: int, limit: int | None = None) -> int:
 
 
 def prefill(module: Transformer, model: Model, tokens_BT: jax.Array, lengths_B: jax.Array, space: int):
-    """The logits `[B, V]` after each row's own last token, and a cache of `space` positions with the rows in it.
+    """The logits `[B, V]` after each row's own last token, and caches of `space` positions with the rows in it.
 
-    Rows are filled up on the right. The cache then also holds keys of the filling, but no token ever attends to them:
+    Rows are filled up on the right. The caches then also hold keys of the filling, but no token ever attends to them:
     they come after every token of their row, and each is overwritten before the row has grown to its position.
     Long prompts go in by pieces, so that the scores of a piece against the cache are all that exists at once.
     """
@@ -167,15 +167,15 @@ def prefill(module: Transformer, model: Model, tokens_BT: jax.Array, lengths_B: 
     pick = jax.shard_map(pick, in_specs=(stream, stream, PartitionSpec(), rows), out_specs=stream)
 
     def one_piece(carry, start):
-        cache, last_B1D = carry
+        caches, last_B1D = carry
         piece_BT = jax.lax.dynamic_slice_in_dim(tokens_BT, start, piece, axis=1)
-        x_BTD, cache = module.decode(piece_BT, cache, jnp.zeros_like(lengths_B) + start)
-        return (cache, pick(constrain(x_BTD, "batch", "length", "embed"), last_B1D, start, lengths_B)), None
+        x_BTD, caches = module.decode(piece_BT, caches, jnp.zeros_like(lengths_B) + start)
+        return (caches, pick(constrain(x_BTD, "batch", "length", "embed"), last_B1D, start, lengths_B)), None
 
     last_B1D = constrain(jnp.zeros((B, 1, model.config.d_model), module.dtype), "batch", "length", "embed")
-    carry = (model.empty_cache(B, space), last_B1D)
-    (cache, last_B1D), _ = jax.lax.scan(one_piece, carry, jnp.arange(0, T, piece, dtype=jnp.int32))
-    return next_logits(module, last_B1D), cache
+    carry = (model.empty_caches(B, space), last_B1D)
+    (caches, last_B1D), _ = jax.lax.scan(one_piece, carry, jnp.arange(0, T, piece, dtype=jnp.int32))
+    return next_logits(module, last_B1D), caches
 
 
 def next_logits(module: Transformer, x_BTD: jax.Array) -> jax.Array:
@@ -215,18 +215,18 @@ def _generate(
 
     def one_token(state: Decoding) -> Decoding:
         # A row that is done goes on in place of its last position, so that its cache never overflows.
-        x_BTD, cache = module.decode(jnp.maximum(state.token_B, 0)[:, None], state.cache, state.lengths_B)
+        x_BTD, caches = module.decode(jnp.maximum(state.token_B, 0)[:, None], state.caches, state.lengths_B)
         lengths_B = state.lengths_B + ~state.done_B
         token_B, done_B = choose(next_logits(module, x_BTD), lengths_B, state.done_B)
         chosen_BN = jax.lax.dynamic_update_slice_in_dim(state.chosen_BN, token_B[:, None], state.step, axis=1)
-        return Decoding(state.step + 1, cache, lengths_B, token_B, done_B, chosen_BN)
+        return Decoding(state.step + 1, caches, lengths_B, token_B, done_B, chosen_BN)
 
-    logits_BV, cache = prefill(module, model, tokens_BT, lengths_B, space)
+    logits_BV, caches = prefill(module, model, tokens_BT, lengths_B, space)
     logits_BV = jnp.where(constrain(first_BV, "batch", None), logits_BV, -jnp.inf)
     token_B, done_B = choose(logits_BV, lengths_B, done_B)
     chosen_BN = constrain(jnp.full((tokens_BT.shape[0], n_out), eos_id, jnp.int32), "batch", "length")
     chosen_BN = jax.lax.dynamic_update_slice_in_dim(chosen_BN, token_B[:, None], 0, axis=1)
-    start = Decoding(jnp.int32(1), cache, lengths_B, token_B, done_B, chosen_BN)
+    start = Decoding(jnp.int32(1), caches, lengths_B, token_B, done_B, chosen_BN)
     return jax.lax.while_loop(unfinished, one_token, start).chosen_BN
 
 

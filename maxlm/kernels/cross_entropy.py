@@ -137,7 +137,7 @@ _summed.defvjp(_summed_forward, _summed_backward)
 
 def _local_sums(x_BTD, w_VD, targets_BT, weights_BT, *, how: _How, w_axes: manual.Axes):
     """Both sums over all tokens of all devices."""
-    losses_of, chunks, _ = _prepare(x_BTD, w_VD, targets_BT, weights_BT, how, w_axes)
+    losses_of, chunks, _ = _prepare(x_BTD, _whole(w_VD, x_BTD.dtype, w_axes), targets_BT, weights_BT, how)
 
     def body(sums, chunk):
         x_ND, y_N, weight_N = chunk
@@ -150,7 +150,7 @@ def _local_sums(x_BTD, w_VD, targets_BT, weights_BT, *, how: _How, w_axes: manua
 
 
 def _local_token_losses(x_BTD, w_VD, targets_BT, *, how: _How, w_axes: manual.Axes):
-    losses_of, chunks, n_tokens = _prepare(x_BTD, w_VD, targets_BT, targets_BT, how, w_axes)
+    losses_of, chunks, n_tokens = _prepare(x_BTD, _whole(w_VD, x_BTD.dtype, w_axes), targets_BT, targets_BT, how)
     _, nll_CN = jax.lax.scan(lambda _, chunk: (None, losses_of(*chunk[:2]).nll_N), None, chunks)
     return nll_CN.reshape(-1)[:n_tokens].reshape(targets_BT.shape)
 
@@ -162,8 +162,8 @@ def _local_gradients(x_BTD, w_VD, targets_BT, weights_BT, *, how: _How, w_axes: 
     `weight a / s * E`, where `E = e` except `e_y - s / a` at the target. Multiplying by `E` and scaling the products
     saves a pass over the logits, and loses nothing to cancellation at a target whose probability is near 1.
     """
-    losses_of, chunks, n_tokens = _prepare(x_BTD, w_VD, targets_BT, weights_BT, how, w_axes)
     w_DV = _whole(w_VD, x_BTD.dtype, w_axes)
+    losses_of, chunks, n_tokens = _prepare(x_BTD, w_DV, targets_BT, weights_BT, how)
 
     def body(carry, chunk):
         sums, dw_VD = carry
@@ -209,10 +209,9 @@ class _Losses:
     nll_N: jax.Array
 
 
-def _prepare(x_BTD, w_VD, targets_BT, weights_BT, how: _How, w_axes: manual.Axes):
+def _prepare(x_BTD, w_DV, targets_BT, weights_BT, how: _How):
     """The function that makes a chunk's losses, the chunks to scan over, and how many of their tokens are real."""
     axes = mesh_axes("vocab")
-    w_DV = _whole(w_VD, x_BTD.dtype, w_axes)
     x_BTD = manual.gathered(x_BTD, mesh_axes("residual_length"), 1)
     v_local = w_DV.shape[1]
     first_column = manual.index(axes) * v_local

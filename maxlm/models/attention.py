@@ -14,7 +14,11 @@ from maxlm.kernels.masks import Mask
 from maxlm.models.config import ModelConfig
 from maxlm.models.layers import Initializer, Norm, project, use
 from maxlm.models.positions import rotate
+from maxlm.models.stacks import LayerKind
 from maxlm.parallel.axes import activation_spec, constrain
+
+
+Angles = tuple[jax.Array, jax.Array]
 
 
 class LayerCache(NamedTuple):
@@ -27,7 +31,10 @@ class LayerCache(NamedTuple):
 class Context(NamedTuple):
     """What every layer of a forward pass shares. `lengths_B` is given when decoding: positions already in the cache."""
 
-    rope: tuple[jax.Array, jax.Array] | None
+    rope: Angles | None
+    """cosines and sines for global layers"""
+    local_rope: Angles | None
+    """for local layers"""
     segments_BT: jax.Array | None
     lengths_B: jax.Array | None = None
 
@@ -40,8 +47,9 @@ class Context(NamedTuple):
 class Attention(nnx.Module):
     """Projections, optional q and k norms, RoPE, and the attention kernel."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, init: Initializer):
-        self.config, self.dtype = config, dtype
+    def __init__(self, config: ModelConfig, kind: LayerKind, dtype: jnp.dtype, init: Initializer):
+        self.config, self.kind, self.dtype = config, kind, dtype
+        self.mask = Mask(causal=True, window=config.attention_window if kind.local else None)
         d, h, g, k = config.d_model, config.n_heads, config.kv_heads, config.head_width
         out_std = config.init_std / (2 * config.n_layers) ** 0.5 if config.residual_init_scaling else config.init_std
         self.q = init.normal("q", (d, h, k), ("embed", "heads", "head_dim"), config.init_std)
@@ -74,7 +82,7 @@ class Attention(nnx.Module):
             q_BTHK,
             k_BTGK,
             v_BTGK,
-            mask=Mask(causal=True, window=self.config.attention_window),
+            mask=self.mask,
             segments_BT=context.segments_BT,
             softcap=self.config.attention_softcap,
             q_offset_B=context.lengths_B,
@@ -95,8 +103,9 @@ class Attention(nnx.Module):
             v_BTGK = v_BTGK + use(self.v_bias, self.dtype)
         if self.config.qk_norm:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
-        if context.rope is not None:
-            q_BTHK, k_BTGK = rotate(q_BTHK, *context.rope), rotate(k_BTGK, *context.rope)
+        angles = context.local_rope if self.kind.local else context.rope
+        if angles is not None:
+            q_BTHK, k_BTGK = rotate(q_BTHK, *angles), rotate(k_BTGK, *angles)
         return q_BTHK, k_BTGK, v_BTGK
 
 

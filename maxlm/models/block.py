@@ -1,8 +1,8 @@
-"""One transformer layer, and a stack of equal ones run by a scan under a remat policy."""
+"""One transformer layer, and stacks of equal ones run by a scan under a remat policy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,16 +14,17 @@ from maxlm.models.attention import Attention, Context, LayerCache
 from maxlm.models.config import ModelConfig, RematConfig
 from maxlm.models.layers import Initializer, model_norm
 from maxlm.models.mlp import MLP
+from maxlm.models.stacks import LayerKind, Segment
 from maxlm.parallel.axes import mesh_axes, names_in
 
 
 class Block(nnx.Module):
     """A pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x)); in parallel, both of the same x."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, init: Initializer):
+    def __init__(self, config: ModelConfig, kind: LayerKind, dtype: jnp.dtype, init: Initializer):
         self.parallel = config.parallel_residual
         self.attention_norm = model_norm(config, init.at("attention_norm"))
-        self.attention = Attention(config, dtype, init.at("attention"))
+        self.attention = Attention(config, kind, dtype, init.at("attention"))
         self.mlp_norm = model_norm(config, init.at("mlp_norm"))
         self.mlp = MLP(config, dtype, init.at("mlp"))
 
@@ -39,23 +40,42 @@ class Block(nnx.Module):
         return x_BTD + self.mlp(self.mlp_norm(x_BTD), context), cache
 
 
-def run_stack(
-    block: Block, x_BTD: jax.Array, context: Context, cache: LayerCache | None, remat: RematConfig
-) -> tuple[jax.Array, LayerCache | None]:
-    """Runs a block whose parameters (and cache) are stacked over layers, one layer at a time.
+Caches = dict[str, LayerCache]
+"""The cache of every stack, by its name."""
 
-    A scan, so that neither the program nor its compilation grows with depth.
+
+def run_segment(
+    segment: Segment,
+    blocks: Mapping[str, Block],
+    x_BTD: jax.Array,
+    context: Context,
+    caches: Caches | None,
+    remat: RematConfig,
+) -> tuple[jax.Array, Caches | None]:
+    """Runs a segment's layers in order; of `blocks`, parameters (and caches) are stacked over the layers of a stack.
+
+    A scan over the repeats of the pattern, so that neither the program nor its compilation grows with depth.
     """
-    graph, stacked = nnx.split(block)
+    names = [stack.name for stack in segment]
+    graphs, stacked = zip(*(nnx.split(blocks[name]) for name in names), strict=True)
+    stacked_caches = (None,) * len(names) if caches is None else tuple(caches[name] for name in names)
 
-    def layer(x_BTD, inputs):
-        params, layer_cache = inputs
-        return nnx.merge(graph, params)(x_BTD, context, layer_cache)
+    def layer(graph, x_BTD, params, cache):
+        return nnx.merge(graph, params)(x_BTD, context, cache)
 
-    if cache is None:
+    if caches is None:
         # `prevent_cse` guards against XLA merging the recomputation with the forward pass; a scan already does.
-        layer = jax.checkpoint(layer, policy=remat_policy(remat), prevent_cse=False)
-    return jax.lax.scan(layer, x_BTD, (stacked, cache))
+        layer = jax.checkpoint(layer, policy=remat_policy(remat), prevent_cse=False, static_argnums=0)
+
+    def pattern(x_BTD, inputs):
+        written = []
+        for graph, params, cache in zip(graphs, *inputs, strict=True):
+            x_BTD, cache = layer(graph, x_BTD, params, cache)
+            written.append(cache)
+        return x_BTD, tuple(written)
+
+    x_BTD, written = jax.lax.scan(pattern, x_BTD, (stacked, stacked_caches))
+    return x_BTD, None if caches is None else dict(zip(names, written, strict=True))
 
 
 def remat_policy(remat: RematConfig) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from maxlm.models.stacks import LayerKind, Segment, segments
 from maxlm.section import Section, key
 
 VOCAB_MULTIPLE = 128
@@ -136,6 +137,14 @@ class ModelConfig(Section):
         unit="tokens",
         ge=1,
     )
+    attention_pattern: tuple[Literal["local", "global"], ...] = key(
+        (),
+        "attention of the layers in turn, repeated over the model: local sees attention_window positions, global all; "
+        "empty: all layers are local where a window is given, else global",
+    )
+    local_rope_theta: float | None = key(
+        None, "base of RoPE's wavelengths in local layers, not scaled (Gemma 3); as the others' where not given", gt=0
+    )
     attention_softcap: float | None = key(None, "attention scores are softcap * tanh(scores / softcap)", gt=0)
     attention_implementation: Literal["auto", "reference", "chunked", "pallas"] = key(
         "auto", "which attention kernel runs; auto: pallas on TPUs where it takes the shapes, chunked elsewhere"
@@ -185,6 +194,30 @@ class ModelConfig(Section):
         if self.rope_scaling is not None and self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
             raise ValueError(f"rope_theta = {self.rope_theta:g} must be over 1 with rope_scaling.kind = 'yarn'")
         return self
+
+    @model_validator(mode="after")
+    def _pattern_fits(self) -> ModelConfig:
+        pattern = self.attention_pattern
+        if len(pattern) > self.n_layers:
+            raise ValueError(f"attention_pattern names {len(pattern)} layers, and n_layers = {self.n_layers}")
+        if "local" in pattern and self.attention_window is None:
+            raise ValueError("attention_pattern has local layers; give attention_window")
+        if pattern and "local" not in pattern and self.attention_window is not None:
+            raise ValueError("attention_window is given, and no layer of attention_pattern is local; leave it out")
+        if self.local_rope_theta is not None and (self.positions != "rope" or not any(k.local for k in self.layer_kinds)):
+            raise ValueError("local_rope_theta is given, and no layer is local and turned by RoPE; leave it out")
+        return self
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        pattern = self.attention_pattern or ("global" if self.attention_window is None else "local",)
+        return tuple(LayerKind(local=pattern[i % len(pattern)] == "local") for i in range(self.n_layers))
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The layers as they are stacked and run."""
+        return segments(self.layer_kinds)
 
     @property
     def rope_width(self) -> int:

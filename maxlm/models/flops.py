@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from maxlm.models.config import ModelConfig
+from maxlm.models.weights import weights_of
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,15 @@ class ParameterCount:
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Counts the parameters of a model with its true vocabulary."""
-    c, norm = config, (2 if config.norm == "layer" else 1) * config.d_model
-    attention = _attention_matmul_parameters(c)
-    attention += (c.n_heads + 2 * c.kv_heads) * c.head_width * c.attention_bias + c.d_model * c.attention_out_bias
-    attention += 2 * c.head_width * c.qk_norm
-    mlp = _mlp_matmul_parameters(c) + c.mlp_bias * ((1 + c.gated) * c.d_ff + c.d_model)
-    embedding = c.vocab_size * c.d_model * (1 if c.tied_embeddings else 2)
-    if c.positions == "learned":
-        embedding += c.max_seq_len * c.d_model
-    return ParameterCount(total=c.n_layers * (attention + mlp + 2 * norm) + norm + embedding, embedding=embedding)
+    padding = config.padded_vocab_size - config.vocab_size
+    counted = [
+        (weight, weight.size - padding * weight.size // config.padded_vocab_size * ("vocab" in weight.logical))
+        for weight in weights_of(config)
+    ]
+    return ParameterCount(
+        total=sum(size for _, size in counted),
+        embedding=sum(size for weight, size in counted if weight.part in ("embedding", "head")),
+    )
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,12 @@ class ForwardFlops:
         return self.attention_projections + self.attention_scores + self.mlp + self.head
 
 
-def attended_positions(config: ModelConfig, seq_len: int) -> float:
-    """To how many positions one of a full causal row of `seq_len` attends on average.
+def attended_positions(config: ModelConfig, seq_len: int, *, local: bool) -> float:
+    """To how many positions one of a full causal row of `seq_len` attends on average, in a local or global layer.
 
     Position t attends to t + 1, or to the window where that is less.
     """
-    window = min(config.attention_window or seq_len, seq_len)
+    window = min(config.attention_window or seq_len, seq_len) if local else seq_len
     return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
 
 
@@ -73,10 +74,11 @@ def forward_flops(config: ModelConfig, seq_len: int) -> ForwardFlops:
     Scores and values take 2 FLOPs each for every pair of positions that the mask leaves, head and channel.
     """
     c = config
+    pairs = sum(attended_positions(c, seq_len, local=kind.local) for kind in c.layer_kinds)
     return ForwardFlops(
-        attention_projections=2 * c.n_layers * _attention_matmul_parameters(c),
-        attention_scores=c.n_layers * 4 * c.n_heads * c.head_width * attended_positions(c, seq_len),
-        mlp=2 * c.n_layers * _mlp_matmul_parameters(c),
+        attention_projections=_product_flops(c, "attention"),
+        attention_scores=4 * c.n_heads * c.head_width * pairs,
+        mlp=_product_flops(c, "mlp"),
         head=2 * c.vocab_size * c.d_model,
     )
 
@@ -91,9 +93,6 @@ def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     return 3 * forward_flops_per_token(config, seq_len)
 
 
-def _attention_matmul_parameters(c: ModelConfig) -> int:
-    return c.d_model * c.head_width * (2 * c.n_heads + 2 * c.kv_heads)
-
-
-def _mlp_matmul_parameters(c: ModelConfig) -> int:
-    return (3 if c.gated else 2) * c.d_model * c.d_ff
+def _product_flops(config: ModelConfig, part: str) -> float:
+    """Of the products of a token with the weights of a part, in all layers."""
+    return sum(2 * weight.size for weight in weights_of(config) if weight.part == part and weight.product)

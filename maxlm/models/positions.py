@@ -11,13 +11,15 @@ import numpy as np
 from maxlm.models.config import ModelConfig
 
 
-def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+def rope_frequencies(config: ModelConfig, *, local: bool = False) -> tuple[np.ndarray, float]:
     """The angle by which each channel pair turns from one position to the next, `[rope_width / 2]` float32, and the
-    factor on its cosines and sines (1 but for YaRN).
+    factor on its cosines and sines (1 but for YaRN). `local`: in local layers, by `local_rope_theta` if given.
 
     In float32 and in the order of transformers' operations: public weights were trained with these very numbers.
     """
     width, theta, scaling = config.rope_width, config.rope_theta, config.rope_scaling
+    if local and config.local_rope_theta is not None:
+        return _unscaled(config.local_rope_theta, width), 1.0
     if scaling is None:
         return _unscaled(theta, width), 1.0
     numbers = scaling.filled_in.model_dump(exclude={"kind"}, exclude_none=True)
@@ -83,9 +85,11 @@ def _yarn(
     return plain / np.float32(factor) * share + plain * (1 - share), attention_factor
 
 
-def rope_angles(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+def rope_angles(
+    positions_BT: jax.Array, config: ModelConfig, *, local: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines `[B, T, 1, rope_width / 2]`, float32, of each position times each frequency."""
-    frequencies, factor = rope_frequencies(config)
+    frequencies, factor = rope_frequencies(config, local=local)
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies
     return factor * jnp.cos(angles)[:, :, None, :], factor * jnp.sin(angles)[:, :, None, :]
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxlm.kernels.embedding import embed
-from maxlm.models.attention import Context, LayerCache
-from maxlm.models.block import Block, run_stack
+from maxlm.models.attention import Angles, Context, LayerCache
+from maxlm.models.block import Block, Caches, run_segment
 from maxlm.models.config import ModelConfig, PrecisionConfig
 from maxlm.models.layers import Initializer, model_norm, use
 from maxlm.models.positions import rope_angles
@@ -59,7 +59,15 @@ class Transformer(nnx.Module):
         self.config, self.dtype = config, jnp.dtype(precision.compute)
         init = Initializer(key, jnp.dtype(precision.parameters))
         self.embedding = Embedding(config, self.dtype, init.at("embedding"))
-        self.decoder = nnx.Dict({"0": Block(config, self.dtype, init.at("decoder/0", layers=config.n_layers))})
+        self.decoder = nnx.Dict(
+            {
+                stack.name: Block(
+                    config, stack.kind, self.dtype, init.at(f"decoder/{stack.name}", layers=len(stack.layers))
+                )
+                for segment in config.segments
+                for stack in segment
+            }
+        )
         self.final_norm = model_norm(config, init.at("final_norm"))
         if not config.tied_embeddings:
             self.head = Head(config, init.at("head"))
@@ -68,24 +76,34 @@ class Transformer(nnx.Module):
         """The normed residual stream `[B, T, D]`; a token attends to earlier ones of its own segment."""
         return self._forward(tokens_BT, positions_BT, segments_BT, None, None)[0]
 
-    def decode(self, tokens_BT: jax.Array, cache: LayerCache, lengths_B: jax.Array) -> tuple[jax.Array, LayerCache]:
-        """The same for tokens that follow `lengths_B` cached ones in each row, and the cache with them written."""
+    def decode(self, tokens_BT: jax.Array, caches: Caches, lengths_B: jax.Array) -> tuple[jax.Array, Caches]:
+        """The same for tokens that follow `lengths_B` cached ones in each row, and the caches with them written."""
         positions_BT = lengths_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=lengths_B.dtype)[None, :]
-        return self._forward(tokens_BT, positions_BT, None, cache, lengths_B)
+        return self._forward(tokens_BT, positions_BT, None, caches, lengths_B)
 
     def head_weight(self) -> jax.Array:
         """The output projection `[V, D]` as it is stored: the kernels cast it, gather it and scatter its gradient."""
         return (self.embedding.tokens if self.config.tied_embeddings else self.head.kernel)[...]
 
-    def _forward(self, tokens_BT, positions_BT, segments_BT, cache, lengths_B) -> tuple[jax.Array, Any]:
-        rope = None
-        if self.config.positions == "rope":
-            # Kept: TPUs' compiler would make sines and cosines again in every layer, and compile them for ten seconds.
-            rope = jax.lax.optimization_barrier(rope_angles(positions_BT, self.config))
-        context = Context(rope, segments_BT, lengths_B)
+    def _forward(self, tokens_BT, positions_BT, segments_BT, caches, lengths_B) -> tuple[jax.Array, Any]:
+        context = Context(*self._angles(positions_BT), segments_BT, lengths_B)
         x_BTD = self.embedding(tokens_BT, positions_BT, context)
-        x_BTD, cache = run_stack(self.decoder["0"], x_BTD, context, cache, self.config.remat)
-        return self.final_norm(x_BTD), cache
+        written: Caches = {}
+        for segment in self.config.segments:
+            x_BTD, new = run_segment(segment, self.decoder, x_BTD, context, caches, self.config.remat)
+            written |= new or {}
+        return self.final_norm(x_BTD), written
+
+    def _angles(self, positions_BT: jax.Array) -> tuple[Angles | None, Angles | None]:
+        """RoPE's cosines and sines for global and for local layers."""
+        config = self.config
+        if config.positions != "rope":
+            return None, None
+        # Kept: TPUs' compiler would make sines and cosines again in every layer, and compile them for ten seconds.
+        angles = jax.lax.optimization_barrier(rope_angles(positions_BT, config))
+        if config.local_rope_theta is None:
+            return angles, angles
+        return angles, jax.lax.optimization_barrier(rope_angles(positions_BT, config, local=True))
 
 
 @dataclass(frozen=True)
@@ -130,10 +148,14 @@ class Model:
         shapes = nnx.to_pure_dict(self._split[1])
         return jax.tree.map(place, self.logical_axes(), shapes, is_leaf=lambda node: isinstance(node, tuple))
 
-    def empty_cache(self, batch: int, length: int) -> LayerCache:
-        """A key-value cache for `batch` rows of up to `length` positions, zeros, in the compute format."""
+    def empty_caches(self, batch: int, length: int) -> Caches:
+        """Key-value caches for `batch` rows of up to `length` positions, zeros, in the compute format."""
         c = self.config
-        shape = (c.n_layers, batch, length, c.kv_heads, c.head_width)
         spec = activation_spec(None, "batch", "length", "kv_heads", "head_dim")
-        zeros = jnp.zeros(shape, jnp.dtype(self.precision.compute), out_sharding=spec)
-        return LayerCache(zeros, zeros)
+
+        def empty(layers: int) -> LayerCache:
+            shape = (layers, batch, length, c.kv_heads, c.head_width)
+            zeros = jnp.zeros(shape, jnp.dtype(self.precision.compute), out_sharding=spec)
+            return LayerCache(zeros, zeros)
+
+        return {stack.name: empty(len(stack.layers)) for segment in c.segments for stack in segment}

@@ -9,6 +9,7 @@ What is counted was read from compiled programs for TPUs; `tests/planning/compil
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from maxlm.models.config import ModelConfig
 from maxlm.parallel.axes_table import ACTIVATIONS
 from maxlm.planning.recomputation import PRODUCTS
-from maxlm.planning.weights import weights_of
+from maxlm.models.weights import weights_of
 
 if TYPE_CHECKING:
     from maxlm.config import RunConfig
@@ -223,9 +224,11 @@ def _layer_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     attention = named["q"] + lane_padding(model) * (2 * named["q"] + named["k"] + named["v"]) + lse
     rope = shapes.tokens * model.rope_width * 4 if model.positions == "rope" else 0
     residual = (3 * shapes.residual_tokens + 2 * shapes.tokens) * model.d_model * width
-    layer = [weight for weight in weights_of(model) if weight.part in ("attention", "mlp")]
-    gathered = [weight.gathered(sizes) * width for weight in layer]
-    return inner + attention + rope + residual + sum(gathered)
+    gathered = Counter[str | None]()
+    for weight in weights_of(model):
+        if weight.part in ("attention", "mlp"):
+            gathered[weight.stack] += weight.gathered(sizes) * width
+    return inner + attention + rope + residual + max(gathered.values())
 
 
 def _loss_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:

@@ -19,7 +19,7 @@ from maxlm.planning.layout import Cost, collective_cost, network_of
 from maxlm.planning.memory_model import BYTES, Shapes, chunk_tokens, predicted_memory
 from maxlm.planning.recomputation import Again, again
 from maxlm.planning.topology import Topology
-from maxlm.planning.weights import Weight, weights_of
+from maxlm.models.weights import Weight, weights_of
 
 if TYPE_CHECKING:
     from maxlm.config import RunConfig
@@ -198,35 +198,36 @@ class _Step:
         q = shapes.tokens * shapes.heads * model.head_width * self.width
         kv = shapes.tokens * shapes.kv_heads * model.head_width * self.width
         inner = shapes.tokens * shapes.d_ff * self.width * (2 if model.gated else 1)
-        times = n * layers
-        # Bytes of one forward pass through a layer; the backward pass moves twice as many.
+        # Bytes of one forward pass through all layers; the backward pass moves twice as many.
         through = {
-            "attention projections": self._weight_bytes("attention") + 4 * residual + 2 * (q + kv),
-            "attention scores": 2 * (q + kv),
-            "mlp": self._weight_bytes("mlp") + 4 * residual + 2 * inner,
+            "attention projections": self._weight_bytes("attention") + layers * (4 * residual + 2 * (q + kv)),
+            "attention scores": layers * 2 * (q + kv),
+            "mlp": self._weight_bytes("mlp") + layers * (4 * residual + 2 * inner),
         }
         flops = {"attention projections": projections, "attention scores": scores, "mlp": mlp}
         parts = []
         for name, ahead in through.items():
             backward = ATTENTION_BACKWARD if name == "attention scores" else 2
-            cost = self._layer_cost(name, repeated, residual) * times
-            parts.append(self.part(name, flops=flops[name] * (1 + backward), hbm=3 * ahead * times, cost=cost))
+            cost = self._layers_cost(name, repeated, residual) * n
+            parts.append(self.part(name, flops=flops[name] * (1 + backward), hbm=3 * ahead * n, cost=cost))
             if share := repeated.share(name, model):
-                hbm = share * ahead * times
+                hbm = share * ahead * n
                 parts.append(self.part(f"{name}, recomputed", flops=share * flops[name], hbm=hbm))
         return parts
 
-    def _layer_cost(self, name: str, repeated: Again, residual: float) -> Cost:
-        """Communication of one layer and microbatch: weights gathered twice; positions gathered before the products and
+    def _layers_cost(self, name: str, repeated: Again, residual: float) -> Cost:
+        """Communication of all layers in a microbatch: weights gathered twice; positions gathered before the products and
         scattered after them, as many again for the gradients, and gathered once more where they were not kept."""
         if name == "attention scores":
             return Cost()
         cost = Cost()
         for weight in self._gathered("attention" if name == "attention projections" else "mlp"):
-            cost += self.cost("all-gather", weight.gathered(self.sizes) * self.width, *self.storage) * 2
+            gather = self.cost("all-gather", weight.gathered(self.sizes) * self.width, *self.storage)
+            cost += gather * (2 * weight.layers)
         gathers = 2 + (1 if repeated.gathers else 0)
-        cost += self.cost("all-gather", residual, *LENGTH) * gathers
-        return cost + self.cost("reduce-scatter", residual, *LENGTH) * 2
+        positions = self.cost("all-gather", residual, *LENGTH) * gathers
+        positions += self.cost("reduce-scatter", residual, *LENGTH) * 2
+        return cost + positions * self.config.model.n_layers
 
     def _gathered(self, part: str) -> list[Weight]:
         zero3 = self.config.mesh.zero == 3
@@ -237,9 +238,9 @@ class _Step:
         ]
 
     def _weight_bytes(self, part: str) -> float:
-        """Bytes of a layer's weights as they are used on a device."""
+        """Bytes of all layers' weights as they are used on a device."""
         weights = (weight for weight in weights_of(self.config.model) if weight.part == part)
-        return self.width * sum(weight.gathered(self.sizes) for weight in weights)
+        return self.width * sum(weight.gathered(self.sizes) * weight.layers for weight in weights)
 
     def head(self) -> Part:
         """Three products for every token: logits, and both gradients, made in the forward pass."""

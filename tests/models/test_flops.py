@@ -137,7 +137,7 @@ def test_parts_of_the_forward_pass_add_up_and_each_is_its_matmuls():
 def test_scores_are_counted_by_the_pairs_that_the_mask_leaves(window):
     config = ModelConfig(**tiny.LLAMA, attention_window=window)
     pairs = Mask(causal=True, window=window).allows(np.arange(32)[:, None], np.arange(32)[None, :]).sum()
-    assert 32 * attended_positions(config, 32) == pairs
+    assert 32 * attended_positions(config, 32, local=window is not None) == pairs
     per_pair = 4 * config.n_layers * config.n_heads * config.head_width
     assert 32 * forward_flops(config, 32).attention_scores == pytest.approx(per_pair * pairs)
 

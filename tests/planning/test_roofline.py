@@ -44,6 +44,8 @@ MODELS = {
     | {"norm": "layer", "mlp": "geglu", "head_dim": 32},
     "plain mlp, tied, window": tiny.LLAMA
     | {"n_kv_heads": 4, "mlp": "relu2", "tied_embeddings": True, "attention_window": 7},
+    "layers of two kinds": tiny.LLAMA
+    | {"n_kv_heads": 4, "n_layers": 5, "attention_window": 7, "attention_pattern": ("local", "global")},
 }
 
 
@@ -152,7 +154,8 @@ def test_flops_are_those_of_the_program_that_the_compiler_is_given(model, remat)
     found = roofline(run, parse_topology("v5e:1x1"), resolve_sizes(run.mesh, 1))
     scores = {one.name: one.flops for one in found.parts if one.name.startswith("attention scores")}
     whole = scores["attention scores"] * 3 / 3.5 + scores.get("attention scores, recomputed", 0)
-    attended = attended_positions(run.model, run.train.seq_len)
+    kinds, row = run.model.layer_kinds, run.train.seq_len
+    attended = sum(attended_positions(run.model, row, local=kind.local) for kind in kinds) / len(kinds)
     expected = sum(one.flops for one in found.parts) - sum(scores.values()) + whole * run.train.seq_len / attended
     lowered, _ = lower_on(run, jax.devices()[:1])
     assert flops_of_products(lowered.as_text(dialect="hlo")) == pytest.approx(expected, rel=0.01)

@@ -1,14 +1,14 @@
-"""Every parameter of a model with its shape, its logical axes and its bytes on a device, without making the model.
+"""Every parameter of a model with its shape and its logical axes, without making the model and without JAX.
 
-The shapes are those of `models/` and the axes those of `parallel/axes_table.py`; a test compares both with what
-`Program.abstract_state` says.
+Counts of parameters and FLOPs and the planner's bytes are read from here. The shapes are those of the modules beside
+this file and the axes those of `parallel/axes_table.py`; tests compare both with what `Program.abstract_state` says.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from maxlm.models.config import ModelConfig
 from maxlm.parallel.axes_table import STORAGE_AXES, WEIGHTS
@@ -23,6 +23,10 @@ class Weight:
     shape: tuple[int, ...]
     logical: tuple[str, ...]
     layers: int = 1
+    stack: str | None = None
+    """the layers' stack, for what belongs to layers"""
+    product: bool = True
+    """whether every token is multiplied by it; not so norms, biases and tables of vectors"""
 
     @property
     def size(self) -> int:
@@ -56,42 +60,53 @@ def weights_of(c: ModelConfig) -> tuple[Weight, ...]:
 
 
 def _weights(c: ModelConfig) -> Iterator[Weight]:
-    d, h, g, k, v = c.d_model, c.n_heads, c.kv_heads, c.head_width, c.padded_vocab_size
-    yield Weight("embedding", (v, d), ("vocab", "embed"))
+    d, v = c.d_model, c.padded_vocab_size
+    yield Weight("embedding", (v, d), ("vocab", "embed"), product=False)
     if c.positions == "learned":
-        yield Weight("embedding", (c.max_seq_len, d), ("positions", "embed"))
-    norm_arrays = 2 if c.norm == "layer" else 1
-    for layers in (c.n_layers, c.n_layers, 1):
-        for _ in range(norm_arrays):
-            yield Weight("norm", (d,), ("norm",), layers)
-    yield from _attention(c, d, h, g, k)
-    yield from _mlp(c, d)
+        yield Weight("embedding", (c.max_seq_len, d), ("positions", "embed"), product=False)
+    yield from _norm(c)
+    for segment in c.segments:
+        for stack in segment:
+            for weight in _layer(c):
+                yield replace(weight, layers=len(stack.layers), stack=stack.name)
     if not c.tied_embeddings:
         yield Weight("head", (v, d), ("vocab", "embed"))
 
 
+def _layer(c: ModelConfig) -> Iterator[Weight]:
+    yield from _attention(c, c.d_model, c.n_heads, c.kv_heads, c.head_width)
+    yield from _mlp(c, c.d_model)
+    for _ in ("attention", "mlp"):
+        yield from _norm(c)
+
+
+def _norm(c: ModelConfig) -> Iterator[Weight]:
+    for _ in range(2 if c.norm == "layer" else 1):
+        yield Weight("norm", (c.d_model,), ("norm",), product=False)
+
+
 def _attention(c: ModelConfig, d: int, h: int, g: int, k: int) -> Iterator[Weight]:
-    yield Weight("attention", (d, h, k), ("embed", "heads", "head_dim"), c.n_layers)
+    yield Weight("attention", (d, h, k), ("embed", "heads", "head_dim"))
     for _ in ("k", "v"):
-        yield Weight("attention", (d, g, k), ("embed", "kv_heads", "head_dim"), c.n_layers)
-    yield Weight("attention", (h, k, d), ("heads", "head_dim", "embed"), c.n_layers)
+        yield Weight("attention", (d, g, k), ("embed", "kv_heads", "head_dim"))
+    yield Weight("attention", (h, k, d), ("heads", "head_dim", "embed"))
     if c.attention_bias:
-        yield Weight("attention", (h, k), ("heads", "head_dim"), c.n_layers)
+        yield Weight("attention", (h, k), ("heads", "head_dim"), product=False)
         for _ in ("k", "v"):
-            yield Weight("attention", (g, k), ("kv_heads", "head_dim"), c.n_layers)
+            yield Weight("attention", (g, k), ("kv_heads", "head_dim"), product=False)
     if c.attention_out_bias:
-        yield Weight("norm", (d,), ("norm",), c.n_layers)
+        yield Weight("norm", (d,), ("norm",), product=False)
     if c.qk_norm:
         for _ in ("q", "k"):
-            yield Weight("norm", (k,), ("norm",), c.n_layers)
+            yield Weight("norm", (k,), ("norm",), product=False)
 
 
 def _mlp(c: ModelConfig, d: int) -> Iterator[Weight]:
     inner = ("up", "gate") if c.gated else ("up",)
     for _ in inner:
-        yield Weight("mlp", (d, c.d_ff), ("embed", "mlp"), c.n_layers)
-    yield Weight("mlp", (c.d_ff, d), ("mlp", "embed"), c.n_layers)
+        yield Weight("mlp", (d, c.d_ff), ("embed", "mlp"))
+    yield Weight("mlp", (c.d_ff, d), ("mlp", "embed"))
     if c.mlp_bias:
         for _ in inner:
-            yield Weight("mlp", (c.d_ff,), ("mlp",), c.n_layers)
-        yield Weight("norm", (d,), ("norm",), c.n_layers)
+            yield Weight("mlp", (c.d_ff,), ("mlp",), product=False)
+        yield Weight("norm", (d,), ("norm",), product=False)
