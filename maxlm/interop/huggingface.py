@@ -28,7 +28,7 @@ from maxlm.interop.files import (
 )
 from maxlm.models.config import ModelConfig
 from maxlm.models.families import Family, family_for, family_of
-from maxlm.models.families.table import Weight
+from maxlm.models.families.table import Tensor
 from maxlm.models.transformer import Model, Params
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def export_params(
     files["config.json"] = to_json(family.to_hf_config(config, dtype=dtype, special_ids=ids))
     files["generation_config.json"] = to_json({f"{name}_token_id": i for name, i in ids.items() if i is not None})
     specs = [
-        TensorSpec(name, weight.shape(config), dtype, partial(_tensor, name, weight, layer, config, params, dtype))
-        for name, (weight, layer) in family.tensors(config).items()
+        TensorSpec(name, tensor.weight.shape(config), dtype, partial(_tensor, tensor, config, params, dtype))
+        for name, tensor in family.tensors(config).items()
     ]
     with new_folder(out) as folder:
         write_shards(folder, specs, max_shard_bytes)
@@ -98,22 +98,23 @@ def export_params(
             write_synced(folder / name, content)
 
 
-def _tensor(name: str, weight: Weight, layer: int, config: ModelConfig, params: Params, dtype: str) -> np.ndarray:
+def _tensor(tensor: Tensor, config: ModelConfig, params: Params, dtype: str) -> np.ndarray:
     """A tensor of the files, from the device to the host."""
-    arrays = [_leaf(params, path) for path in weight.ours]
-    if weight.layered:
-        arrays = [_layer_of(array, layer) for array in arrays]
-    tensor = weight.export([np.asarray(jax.device_get(array)) for array in arrays], config)
+    arrays = [_part_of(_leaf(params, path), tensor.index) for path in tensor.ours]
+    found = tensor.weight.export([np.asarray(jax.device_get(array)) for array in arrays], config)
     with np.errstate(over="ignore"):
-        cast = tensor.astype(DTYPES[dtype])
-    if dtype == "float16" and np.isinf(cast).any() and not np.isinf(tensor).any():
-        raise ConfigError(f"{name} has a weight of {np.abs(tensor).max():g}, too large for float16; export as bfloat16")
+        cast = found.astype(DTYPES[dtype])
+    if dtype == "float16" and np.isinf(cast).any() and not np.isinf(found).any():
+        largest = np.abs(found).max()
+        raise ConfigError(f"{tensor.name} has a weight of {largest:g}, too large for float16; export as bfloat16")
     return cast
 
 
 @jax.jit
-def _layer_of(stacked: jax.Array, layer: int) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stacked, layer, axis=0, keepdims=False)
+def _part_of(stacked: jax.Array, index: tuple[int, ...]) -> jax.Array:
+    rest = stacked.shape[len(index) :]
+    part = jax.lax.dynamic_slice(stacked, (*index, *(0 for _ in rest)), (*(1 for _ in index), *rest))
+    return part.reshape(rest)
 
 
 def import_model(model_dir: str | Path, out: str | Path) -> None:
@@ -168,7 +169,7 @@ def _checked_names(files: TensorFiles, family: Family, config: ModelConfig) -> d
             names[full] = name
     if family.head not in tensors and family.head in names:
         _check_tied(files, names.pop(family.head), names.get(family.embedding))
-    expected = {name: weight.shape(config) for name, (weight, _) in tensors.items()}
+    expected = {name: tensor.weight.shape(config) for name, tensor in tensors.items()}
     problems = named_differences({full: files.shape(name) for full, name in names.items()}, expected)
     for name in names.values():
         if files.dtype(name) not in ("F32", "F16", "BF16"):
@@ -197,18 +198,24 @@ def _read_params(
 ) -> Params:
     """The parameters on the devices; on the host there is one at a time, or the few that are one tensor there."""
     params: Params = {}
-    for weight in family.weights:
-        if not weight.when(config):
-            continue
-        targets = [_leaf(abstract, path) for path in weight.ours]
+    for paths, tensors in _together(family, config).items():
+        targets = [_leaf(abstract, path) for path in paths]
         buffers = [np.empty(target.shape, target.dtype) for target in targets]
-        for layer in range(config.n_layers if weight.layered else 1):
-            tensor = files.read(names[weight.theirs.format(layer=layer)])
-            for buffer, array in zip(buffers, weight.read(tensor, config), strict=True):
-                buffer[layer if weight.layered else ...] = array
-        for path, buffer, target in zip(weight.ours, buffers, targets, strict=True):
+        for tensor in tensors:
+            read = tensor.weight.read(files.read(names[tensor.name]), config)
+            for buffer, array in zip(buffers, read, strict=True):
+                buffer[tensor.index] = array
+        for path, buffer, target in zip(paths, buffers, targets, strict=True):
             _put(params, path, jax.device_put(buffer, target.sharding))
     return params
+
+
+def _together(family: Family, config: ModelConfig) -> dict[tuple[str, ...], list[Tensor]]:
+    """The tensors that fill the same of our arrays."""
+    found: dict[tuple[str, ...], list[Tensor]] = {}
+    for tensor in family.tensors(config).values():
+        found.setdefault(tensor.ours, []).append(tensor)
+    return found
 
 
 def _run_config(config: ModelConfig, out: Path, has_tokenizer: bool, parameters: str, compute: str) -> RunConfig:

@@ -17,7 +17,6 @@ from maxlm.models.positions import rotate
 from maxlm.models.stacks import LayerKind
 from maxlm.parallel.axes import activation_spec, constrain
 
-
 Angles = tuple[jax.Array, jax.Array]
 
 

@@ -204,7 +204,9 @@ class ModelConfig(Section):
             raise ValueError("attention_pattern has local layers; give attention_window")
         if pattern and "local" not in pattern and self.attention_window is not None:
             raise ValueError("attention_window is given, and no layer of attention_pattern is local; leave it out")
-        if self.local_rope_theta is not None and (self.positions != "rope" or not any(k.local for k in self.layer_kinds)):
+        if self.local_rope_theta is not None and (
+            self.positions != "rope" or not any(k.local for k in self.layer_kinds)
+        ):
             raise ValueError("local_rope_theta is given, and no layer is local and turned by RoPE; leave it out")
         return self
 

@@ -85,9 +85,7 @@ def _yarn(
     return plain / np.float32(factor) * share + plain * (1 - share), attention_factor
 
 
-def rope_angles(
-    positions_BT: jax.Array, config: ModelConfig, *, local: bool = False
-) -> tuple[jax.Array, jax.Array]:
+def rope_angles(positions_BT: jax.Array, config: ModelConfig, *, local: bool = False) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines `[B, T, 1, rope_width / 2]`, float32, of each position times each frequency."""
     frequencies, factor = rope_frequencies(config, local=local)
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies

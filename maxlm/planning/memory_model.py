@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from maxlm.models.config import ModelConfig
+from maxlm.models.weights import weights_of
 from maxlm.parallel.axes_table import ACTIVATIONS
 from maxlm.planning.recomputation import PRODUCTS
-from maxlm.models.weights import weights_of
 
 if TYPE_CHECKING:
     from maxlm.config import RunConfig

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from maxlm.models.flops import forward_flops
+from maxlm.models.weights import Weight, weights_of
 from maxlm.parallel.axes_table import ACTIVATIONS, STORAGE_AXES
 from maxlm.planning.layout import Cost, collective_cost, network_of
 from maxlm.planning.memory_model import BYTES, Shapes, chunk_tokens, predicted_memory
 from maxlm.planning.recomputation import Again, again
 from maxlm.planning.topology import Topology
-from maxlm.models.weights import Weight, weights_of
 
 if TYPE_CHECKING:
     from maxlm.config import RunConfig
@@ -216,8 +216,8 @@ class _Step:
         return parts
 
     def _layers_cost(self, name: str, repeated: Again, residual: float) -> Cost:
-        """Communication of all layers in a microbatch: weights gathered twice; positions gathered before the products and
-        scattered after them, as many again for the gradients, and gathered once more where they were not kept."""
+        """Communication of all layers in a microbatch: weights gathered twice; positions gathered before the products
+        and scattered after them, as many again for the gradients, and gathered once more where they were not kept."""
         if name == "attention scores":
             return Cost()
         cost = Cost()

@@ -1,37 +1,23 @@
-"""Makes `golden.npz`: logits and greedy tokens of `transformers` for the models of `public.py`.
+"""Makes the files of `golden/`: what `transformers` gives for the models of `public.py`.
 
-    python -m tests.interop.make_golden
+    python -m tests.interop.make_golden [CASE ...]
 
-Needs torch and transformers (made with torch 2.13.0 and transformers 5.23.0). The weights are not in the file: they are
-random numbers from their names.
+Each holds the names and shapes of the tensors that transformers writes, and the logits and greedy tokens of a model
+whose weights are random numbers from their names. Needs torch and transformers (made with torch 2.13.0 and transformers
+5.23.0). The weights themselves are not kept.
 """
 
+import json
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
 
 from tests.interop import public
 
-CASES = {
-    "llama": public.LLAMA_CONFIG,
-    "llama-plain": {
-        **public.LLAMA_CONFIG, "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
-        "num_key_value_heads": 4, "head_dim": 12, "rope_theta": 10000.0
-    },
-    "llama 3.1": public.LLAMA31_CONFIG,
-    "mistral": public.MISTRAL_CONFIG,
-    "mistral, no window": {**public.MISTRAL_CONFIG, "sliding_window": None},
-    "qwen2": public.QWEN2_CONFIG,
-    "qwen2, all layers slide": {**public.QWEN2_CONFIG, "use_sliding_window": True, "max_window_layers": 0},
-    "qwen3": public.QWEN3_CONFIG,
-    "qwen3, biases": {**public.QWEN3_CONFIG, "attention_bias": True, "tie_word_embeddings": False},
-    "gpt_neox": public.GPT_NEOX_CONFIG,
-    "gpt_neox, sequential": {**public.GPT_NEOX_CONFIG, "use_parallel_residual": False, "rotary_pct": 1.0},
-    "gpt2": public.GPT2_CONFIG,
-}  # fmt: skip
 NEW_TOKENS = 32
-GOLDEN = Path(__file__).with_name("golden.npz")
 
 
 def tokens(config: dict) -> np.ndarray:
@@ -39,25 +25,48 @@ def tokens(config: dict) -> np.ndarray:
     return np.random.default_rng(11).integers(0, config["vocab_size"], (2, 16))
 
 
-def main() -> None:
-    """Writes the file."""
+def shapes_of(config: dict) -> dict[str, list[int]]:
+    """The tensors of the files that transformers writes for a config."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model.save_pretrained(folder)
+        with safe_open(Path(folder) / "model.safetensors", framework="np") as file:
+            return {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
+
+
+def make(config: dict) -> dict[str, np.ndarray]:
+    """The arrays of a case's file."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    arrays = {}
-    for name, config in CASES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            public.write_folder(Path(folder), config)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        ids = torch.from_numpy(tokens(config))
-        with torch.no_grad():
-            arrays[f"{name}.logits"] = model(ids).logits.numpy()
-            greedy = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
-                do_sample=False, eos_token_id=None, pad_token_id=0,
-            )  # fmt: skip
-        arrays[f"{name}.greedy"] = greedy[:, ids.shape[1] :].numpy().astype(np.int32)
-    np.savez_compressed(GOLDEN, **arrays)
+    shapes = shapes_of(config)
+    with tempfile.TemporaryDirectory() as folder:
+        tensors = public.random_tensors({name: tuple(shape) for name, shape in shapes.items()})
+        public.write_folder(Path(folder), config, tensors)
+        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), found
+    ids = torch.from_numpy(tokens(config))
+    with torch.no_grad():
+        logits = model.eval()(ids).logits.numpy()
+        greedy = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
+            do_sample=False, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+    return {
+        "shapes": np.array(json.dumps(shapes)),
+        "logits": logits,
+        "greedy": greedy[:, ids.shape[1] :].numpy().astype(np.int32),
+    }
+
+
+def main() -> None:
+    """Writes the files of the cases that are named, or of all."""
+    public.GOLDEN.mkdir(exist_ok=True)
+    for case in sys.argv[1:] or public.CASES:
+        np.savez_compressed(public.golden_path(case), **make(public.CASES[case]))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,9 @@ MODELS = {
     "mistral": {**tiny.LLAMA, "attention_window": 6, "n_kv_heads": 1, "head_dim": 24, "tied_embeddings": True},
     "qwen2": {**tiny.LLAMA, "attention_bias": True, "rope_scaling": YARN},
     "qwen2, all layers slide": {**tiny.LLAMA, "attention_bias": True, "attention_window": 6, "head_dim": 24},
+    "qwen2, every second layer slides": {
+        **tiny.LLAMA, "attention_bias": True, "attention_window": 6, "attention_pattern": ["global", "local"]
+    },
     "qwen3": {**tiny.LLAMA, "qk_norm": True, "head_dim": 24, "n_kv_heads": 1, "tied_embeddings": True},
     "qwen3, biases, all layers slide": {
         **tiny.LLAMA, "qk_norm": True, "attention_bias": True, "attention_out_bias": True, "attention_window": 6

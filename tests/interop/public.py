@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -100,82 +101,60 @@ GPT2_CONFIG = {
 }
 
 
+# Models of every family, of which `make_golden.py` keeps what transformers makes; one file a kind of families.
+CASES = {
+    "llama": LLAMA_CONFIG,
+    "llama, plain": {
+        **LLAMA_CONFIG, "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
+        "num_key_value_heads": 4, "head_dim": 12, "rope_theta": 10000.0
+    },
+    "llama 3.1": LLAMA31_CONFIG,
+    "mistral": MISTRAL_CONFIG,
+    "mistral, no window": {**MISTRAL_CONFIG, "sliding_window": None},
+    "qwen2": QWEN2_CONFIG,
+    "qwen2, the last layer slides": {**QWEN2_CONFIG, "use_sliding_window": True},
+    "qwen2, all layers slide": {**QWEN2_CONFIG, "use_sliding_window": True, "max_window_layers": 0},
+    "qwen3": QWEN3_CONFIG,
+    "qwen3, biases": {**QWEN3_CONFIG, "attention_bias": True, "tie_word_embeddings": False},
+    "gpt_neox": GPT_NEOX_CONFIG,
+    "gpt_neox, sequential": {**GPT_NEOX_CONFIG, "use_parallel_residual": False, "rotary_pct": 1.0},
+    "gpt2": GPT2_CONFIG,
+}  # fmt: skip
+
+
+GOLDEN = Path(__file__).with_name("golden")
+
+
+def golden_path(case: str) -> Path:
+    """The file of what transformers gave for a case."""
+    return GOLDEN / f"{re.sub(r'[^a-z0-9]+', '-', case)}.npz"
+
+
+def golden(case: str) -> dict[str, np.ndarray]:
+    """What transformers gave for a case: logits and greedy tokens, and the shapes of its tensors as JSON."""
+    return dict(np.load(golden_path(case)))
+
+
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tensors of a model of one of these configs, as `transformers` names and shapes them."""
-    of_family = {"gpt2": _gpt2_shapes, "gpt_neox": _gpt_neox_shapes}
-    return of_family.get(config["model_type"], _llama_shapes)(config)
-
-
-def _llama_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    d, f, v, k = c["hidden_size"], c["intermediate_size"], c["vocab_size"], c["head_dim"]
-    q, kv = c["num_attention_heads"] * k, c["num_key_value_heads"] * k
-    found = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
-
-    def biased(name: str) -> bool:
-        if c["model_type"] == "qwen2":
-            return name.endswith(("q_proj", "k_proj", "v_proj"))
-        return c.get("attention_bias" if "attn" in name else "mlp_bias", False)
-
-    if not c["tie_word_embeddings"]:
-        found["lm_head.weight"] = (v, d)
-    for i in range(c["num_hidden_layers"]):
-        at = f"model.layers.{i}."
-        linear = {
-            "self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d),
-            "self_attn.o_proj": (d, q), "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f),
-        }  # fmt: skip
-        for name, shape in linear.items():
-            found[f"{at}{name}.weight"] = shape
-            if biased(name):
-                found[f"{at}{name}.bias"] = shape[:1]
-        if c["model_type"] == "qwen3":
-            found |= {f"{at}self_attn.q_norm.weight": (k,), f"{at}self_attn.k_norm.weight": (k,)}
-        found |= {f"{at}input_layernorm.weight": (d,), f"{at}post_attention_layernorm.weight": (d,)}
-    return found
-
-
-def _gpt2_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    d, f = c["n_embd"], 4 * c["n_embd"]
-    found = {"transformer.wte.weight": (c["vocab_size"], d), "transformer.wpe.weight": (c["n_positions"], d)}
-    norms = ["transformer.ln_f"]
-    for i in range(c["n_layer"]):
-        at = f"transformer.h.{i}."
-        norms += [f"{at}ln_1", f"{at}ln_2"]
-        conv = {"attn.c_attn": (d, 3 * d), "attn.c_proj": (d, d), "mlp.c_fc": (d, f), "mlp.c_proj": (f, d)}
-        for name, shape in conv.items():
-            found |= {f"{at}{name}.weight": shape, f"{at}{name}.bias": shape[1:]}
-    for name in norms:
-        found |= {f"{name}.weight": (d,), f"{name}.bias": (d,)}
-    return found
-
-
-def _gpt_neox_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    d, f, v = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
-    found = {"gpt_neox.embed_in.weight": (v, d), "embed_out.weight": (v, d)}
-    norms = ["gpt_neox.final_layer_norm"]
-    for i in range(c["num_hidden_layers"]):
-        at = f"gpt_neox.layers.{i}."
-        norms += [f"{at}input_layernorm", f"{at}post_attention_layernorm"]
-        linear = {
-            "attention.query_key_value": (3 * d, d), "attention.dense": (d, d),
-            "mlp.dense_h_to_4h": (f, d), "mlp.dense_4h_to_h": (d, f),
-        }  # fmt: skip
-        for name, shape in linear.items():
-            found |= {f"{at}{name}.weight": shape, f"{at}{name}.bias": shape[:1]}
-    for name in norms:
-        found |= {f"{name}.weight": (d,), f"{name}.bias": (d,)}
-    return found
+    """The tensors of a model of one of the cases, as `transformers` names and shapes them in its files."""
+    case = next(name for name, one in CASES.items() if one == config)
+    return {name: tuple(shape) for name, shape in json.loads(str(golden(case)["shapes"])).items()}
 
 
 def weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
-    """Random float32 weights, each from its own name; norms near 1."""
+    """Random float32 weights of a model of one of the cases, each from its own name; norms near 1."""
+    return random_tensors(shapes(config), seed)
+
+
+def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
+    """Random float32 arrays, each from its own name; vectors of weights near 1."""
 
     def one(name: str, shape: tuple[int, ...]) -> np.ndarray:
         noise = np.random.default_rng((seed, zlib.crc32(name.encode()))).standard_normal(shape) * 0.15
         norm = name.endswith("weight") and len(shape) == 1
         return (noise + norm).astype(np.float32)
 
-    return {name: one(name, shape) for name, shape in shapes(config).items()}
+    return {name: one(name, shape) for name, shape in shapes.items()}
 
 
 def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray] | None = None) -> Path:

@@ -11,7 +11,8 @@ from maxlm.inference.sampling import Sampling
 from maxlm.interop.huggingface import import_model
 from maxlm.kernels.cross_entropy import logits
 from tests.interop import public
-from tests.interop.make_golden import CASES, GOLDEN, NEW_TOKENS, tokens
+from tests.interop.make_golden import NEW_TOKENS, tokens
+from tests.interop.public import CASES
 
 
 def our_logits(run, ids):
@@ -25,7 +26,7 @@ def our_logits(run, ids):
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_imported_model_gives_the_logits_and_greedy_text_of_transformers(case, tmp_path):
-    config, golden = CASES[case], np.load(GOLDEN)
+    config, golden = CASES[case], public.golden(case)
     import_model(public.write_folder(tmp_path / "theirs", config), tmp_path / "run")
     run, ids = load_run(tmp_path / "run"), tokens(config)
     with jax.set_mesh(run.mesh):
@@ -33,7 +34,7 @@ def test_an_imported_model_gives_the_logits_and_greedy_text_of_transformers(case
         text = generate(
             run.model, run.params, ids.tolist(), max_tokens=NEW_TOKENS, sampling=Sampling(0.0), eos_id=None, seed=0
         )
-    expected = golden[f"{case}.logits"]
+    expected = golden["logits"]
     assert np.ptp(expected) > 1
     assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
-    assert text == golden[f"{case}.greedy"].tolist()
+    assert text == golden["greedy"].tolist()

@@ -315,21 +315,17 @@ def test_a_config_with_no_equal_here_is_refused_by_name(case, tmp_path, llama):
     assert not (tmp_path / "run").exists()
 
 
-# Qwen models in which a window slides in some layers, or is not said in full.
+# Qwen models whose window is not said in full.
 WINDOWS = {
-    "from the third layer on": ({"use_sliding_window": True}, "a window slides in 1 of 3 layers"),
-    "in layers that are named": (
-        {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
-        "a window slides in 1 of 3 layers",
-    ),
     "in layers, and not at all": ({"layer_types": ["sliding_attention"] * 3}, "use_sliding_window = False"),
     "in chunks": ({"layer_types": ["chunked_attention"] * 3}, "['chunked_attention'] is neither"),
+    "in too few layers": ({"layer_types": ["full_attention"] * 2}, "expected a list of 3 names"),
     "from a layer that is no number": ({"max_window_layers": "all"}, "max_window_layers = 'all'"),
 }
 
 
 @pytest.mark.parametrize("case", WINDOWS)
-def test_a_qwen_model_whose_layers_differ_is_refused(case, tmp_path):
+def test_a_qwen_model_whose_window_is_not_said_in_full_is_refused(case, tmp_path):
     change, message = WINDOWS[case]
     folder = public.write_folder(tmp_path / "theirs", public.QWEN2_CONFIG | change, {})
     with pytest.raises(ConfigError) as caught:
@@ -365,27 +361,17 @@ def test_every_spelling_of_scaled_rope_is_the_same_model(spelling):
     assert (written["rope_theta"], written["rope_scaling"]) == (5000.0, ROPE)
 
 
-PUBLIC = {
-    "llama 3.1": public.LLAMA31_CONFIG,
-    "mistral": public.MISTRAL_CONFIG,
-    "mistral, no window": public.MISTRAL_CONFIG | {"sliding_window": None},
-    "qwen2": public.QWEN2_CONFIG,
-    "qwen3": public.QWEN3_CONFIG,
-    "gpt_neox": public.GPT_NEOX_CONFIG,
-}
-
-
-@pytest.mark.parametrize("family", PUBLIC)
-def test_a_public_models_tensors_go_in_and_out_bitwise(family, tmp_path):
-    tensors = public.weights(PUBLIC[family])
-    import_model(public.write_folder(tmp_path / "theirs", PUBLIC[family], tensors), tmp_path / "run")
+@pytest.mark.parametrize("case", public.CASES)
+def test_a_public_models_tensors_go_in_and_out_bitwise(case, tmp_path):
+    tensors = public.weights(public.CASES[case])
+    import_model(public.write_folder(tmp_path / "theirs", public.CASES[case], tensors), tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "out")
     found = load_file(tmp_path / "out" / files.SINGLE)
     assert found.keys() == tensors.keys()
     assert all(found[name].tobytes() == x.tobytes() for name, x in tensors.items())
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     # Without its window a Mistral is a Llama.
-    assert config["model_type"] == ("llama" if "no window" in family else PUBLIC[family]["model_type"])
+    assert config["model_type"] == ("llama" if "no window" in case else public.CASES[case]["model_type"])
 
 
 def test_a_joined_projection_has_queries_keys_and_values_head_by_head():

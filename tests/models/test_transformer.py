@@ -23,6 +23,10 @@ BRICKS = {
         **tiny.LLAMA, "attention_window": 6, "rope_fraction": 0.5,
         "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16}
     },
+    "layers of two kinds, each with its RoPE": {
+        **tiny.LLAMA, "n_layers": 5, "attention_window": 6, "attention_pattern": ["local", "global"],
+        "local_rope_theta": 100.0
+    },
 }  # fmt: skip
 MESHES = {"fsdp 8": {"fsdp": 8}, "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2}}
 

@@ -22,7 +22,7 @@ def _read_config(theirs: Mapping[str, Any]) -> dict[str, Any]:
     return read
 
 
-_LAYER, _OURS = "transformer.h.{layer}.", "decoder.0."
+_LAYER, _OURS = "transformer.h.{layer}.", "decoder.*."
 _QKV = tuple(f"{_OURS}attention.{name}" for name in "qkv")
 
 GPT2 = Family(
@@ -56,11 +56,6 @@ GPT2 = Family(
         "attention_bias": True,
         "attention_out_bias": True,
         "mlp_bias": True,
-        "qk_norm": False,
-        "attention_window": None,
-        "parallel_residual": False,
-        "attention_softcap": None,
-        "logit_softcap": None,
     },
     constants={
         "activation_function": "gelu_new",
@@ -89,6 +84,7 @@ GPT2 = Family(
     buffers=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
     read_config=_read_config,
     misfits=plain_heads,
+    derived=frozenset({"n_kv_heads", "head_dim"}),
     prefix="transformer.",
     embedding="transformer.wte.weight",
     weights=(

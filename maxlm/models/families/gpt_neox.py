@@ -28,7 +28,7 @@ def _misfits(config: ModelConfig) -> Iterator[str]:
     yield from plain_heads(config)
 
 
-_LAYER, _OURS = "gpt_neox.layers.{layer}.", "decoder.0."
+_LAYER, _OURS = "gpt_neox.layers.{layer}.", "decoder.*."
 _QKV = tuple(f"{_OURS}attention.{name}" for name in "qkv")
 _QKV_BIAS = tuple(f"{name}_bias" for name in _QKV)
 
@@ -66,16 +66,7 @@ GPT_NEOX = Family(
         "tie_word_embeddings": False,
         "initializer_range": 0.02,
     },
-    bricks={
-        "norm": "layer",
-        "positions": "rope",
-        "mlp": "gelu_exact",
-        "mlp_bias": True,
-        "qk_norm": False,
-        "attention_window": None,
-        "attention_softcap": None,
-        "logit_softcap": None,
-    },
+    bricks={"norm": "layer", "mlp": "gelu_exact", "mlp_bias": True},
     linked={"attention_out_bias": "attention_bias"},
     constants={"hidden_act": "gelu", "attention_dropout": 0.0, "hidden_dropout": 0.0},
     harmless=frozenset({"attention_dropout", "hidden_dropout", "classifier_dropout"}),
@@ -83,6 +74,7 @@ GPT_NEOX = Family(
     read_config=_read_config,
     write_config=write_rope,
     misfits=_misfits,
+    derived=frozenset({"n_kv_heads", "head_dim"}),
     prefix="gpt_neox.",
     embedding="gpt_neox.embed_in.weight",
     head="embed_out.weight",

@@ -26,7 +26,6 @@ LLAMA = llama_like.family(
         "attention_bias": False,
         "mlp_bias": False,
     },
-    bricks={"attention_window": None, "qk_norm": False},
     linked={"attention_out_bias": "attention_bias"},
     constants={**llama_like.CONSTANTS, "pretraining_tp": 1},
     harmless=llama_like.HARMLESS | {"pretraining_tp"},

@@ -45,22 +45,13 @@ DEFAULTS = {
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
 }
-BRICKS = {
-    "norm": "rms",
-    "positions": "rope",
-    "rope_fraction": 1.0,
-    "mlp": "swiglu",
-    "parallel_residual": False,
-    "attention_softcap": None,
-    "logit_softcap": None,
-}
 CONSTANTS = {"hidden_act": "silu", "attention_dropout": 0.0}
 SYNONYMS = {"hidden_act": ("swish",)}
 HARMLESS = frozenset({"attention_dropout"})
 BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 PREFIX, EMBEDDING = "model.", "model.embed_tokens.weight"
 
-_LAYER, _OURS = "model.layers.{layer}.", "decoder.0."
+_LAYER, _OURS = "model.layers.{layer}.", "decoder.*."
 
 WEIGHTS = (
     Weight(("embedding.tokens",), EMBEDDING, "vd -> vd"),
@@ -93,10 +84,9 @@ def family(
     *,
     keys: Mapping[str, str],
     defaults: Mapping[str, Any],
-    bricks: Mapping[str, Any],
     **others: Any,
 ) -> Family:
-    """A family like Llama: its own keys, defaults and bricks besides those of all, and `others` in place of theirs."""
+    """A family like Llama: its own keys and defaults besides those of all, and `others` in place of theirs."""
     common = {
         "constants": CONSTANTS,
         "synonyms": SYNONYMS,
@@ -111,7 +101,6 @@ def family(
         architecture=architecture,
         keys={**KEYS, **keys},
         defaults={**DEFAULTS, **defaults},
-        bricks={**BRICKS, **bricks},
         prefix=PREFIX,
         embedding=EMBEDDING,
         weights=WEIGHTS,

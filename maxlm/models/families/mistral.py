@@ -18,5 +18,4 @@ MISTRAL = llama_like.family(
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
     },
-    bricks={"attention_bias": False, "attention_out_bias": False, "mlp_bias": False, "qk_norm": False},
 )

@@ -7,13 +7,14 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
 
 from maxlm.errors import ConfigError
 from maxlm.models.config import ModelConfig
+from maxlm.models.stacks import LayerKind, places
 
 # Keys of a Hugging Face config.json, of any family, that do not change what the model computes.
 BOOKKEEPING = frozenset(
@@ -42,9 +43,18 @@ BOOKKEEPING = frozenset(
     ]
 )
 
+# Our keys that change how a model is trained or run, and not what it computes; and the kinds of layers, of which
+# `Family.mixed` says.
+NOT_OF_THE_WEIGHTS = ("init_std", "residual_init_scaling", "remat", "attention_implementation", "attention_pattern")
+
 
 def always(config: ModelConfig) -> bool:
     """For weights that every model of the family has."""
+    return True
+
+
+def every_kind(kind: LayerKind) -> bool:
+    """For weights that every layer has."""
     return True
 
 
@@ -60,18 +70,35 @@ class Weight:
     `layout` says both ways at once: `dhk -> (hk)d` is our `[d, h, k]` as their matrix of `h * k` rows and `d` columns,
     in letters d embed, h heads, g key-value heads, k head width, f mlp, v vocabulary, p positions. Where several of
     ours are one of theirs, `n` tells them apart in it: `d(nhk)` has all heads of the first before all of the second,
-    `(hnk)d` one head of each in turn. `{layer}` in `theirs` stands for the leading axis of ours.
+    `(hnk)d` one head of each in turn.
+
+    Weights of layers have `{layer}` in `theirs`, the layer's number, and `*` in `ours`, the name of the stack in whose
+    arrays it is.
     """
 
     ours: tuple[str, ...]
     theirs: str
     layout: str
     when: Callable[[ModelConfig], bool] = always
+    kinds: Callable[[LayerKind], bool] = every_kind
+    """the kinds of layers that have it"""
 
     @property
     def layered(self) -> bool:
         """Whether ours are stacked over layers and theirs are a tensor a layer."""
         return "{layer}" in self.theirs
+
+    def tensors(self, config: ModelConfig) -> Iterator[Tensor]:
+        """Their tensors, layer by layer."""
+        if not self.when(config):
+            return
+        if not self.layered:
+            yield Tensor(self.theirs, self, self.ours, ())
+            return
+        for layer, place in enumerate(places(config.layer_kinds)):
+            if self.kinds(place.kind):
+                ours = tuple(path.replace("*", place.stack) for path in self.ours)
+                yield Tensor(self.theirs.format(layer=layer), self, ours, (place.index,))
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """The shape of their tensor."""
@@ -135,6 +162,17 @@ def plain_heads(config: ModelConfig) -> Iterator[str]:
         yield f"model.head_dim = {config.head_width} (it has d_model / n_heads = {config.d_model / config.n_heads:g})"
 
 
+class Tensor(NamedTuple):
+    """A tensor of the files, and where it is in ours."""
+
+    name: str
+    weight: Weight
+    ours: tuple[str, ...]
+    """paths in the tree of parameters"""
+    index: tuple[int, ...]
+    """its place on the leading axes of ours"""
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of public models, as the bricks that it is made of."""
@@ -147,8 +185,6 @@ class Family:
     """sizes and choices: their config key to ours"""
     defaults: Mapping[str, Any]
     """what transformers takes for a key of theirs that is not in config.json"""
-    bricks: Mapping[str, Any]
-    """our keys that have one value in this family"""
     constants: Mapping[str, Any]
     """their keys that have one value where our bricks are equal to theirs; written on export"""
     weights: tuple[Weight, ...]
@@ -158,6 +194,8 @@ class Family:
     """the name of the token embedding, which a tied head is"""
     head: str = "lm_head.weight"
     """the name of the head's weight"""
+    bricks: Mapping[str, Any] = field(default_factory=dict)
+    """our keys that have one value in this family; those that stand nowhere in it have their defaults"""
     linked: Mapping[str, str] = field(default_factory=dict)
     """our keys that in this family are equal to another of ours"""
     synonyms: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -172,6 +210,10 @@ class Family:
     """what config.json has besides, or spells otherwise than by `keys` alone"""
     misfits: Callable[[ModelConfig], Iterator[str]] = _no_misfits
     """what else keeps a model out of the family, a clause each"""
+    derived: frozenset[str] = frozenset()
+    """our keys that `misfits` looks at, or that `read_config` and `write_config` translate"""
+    mixed: bool = False
+    """whether layers may be of several kinds"""
 
     def misfits_of(self, config: ModelConfig) -> list[str]:
         """Why a model is not of this family, a clause for each key; none where it is."""
@@ -180,6 +222,15 @@ class Family:
             for ours, value in self.bricks.items()
             if getattr(config, ours) != value
         ]
+        known = {*self.keys.values(), *self.bricks, *self.linked, *self.derived, *NOT_OF_THE_WEIGHTS}
+        for name, ours in ModelConfig.model_fields.items():
+            # RoPE's keys say nothing of a model without it.
+            if name in known or (config.positions != "rope" and "rope" in name):
+                continue
+            if getattr(config, name) != ours.default:
+                wrong.append(f"model.{name} = {getattr(config, name)!r} (it has {ours.default!r})")
+        if not self.mixed and len(set(config.layer_kinds)) > 1:
+            wrong.append(f"model.attention_pattern = {list(config.attention_pattern)!r} (its layers are all alike)")
         wrong += [
             f"model.{key} = {getattr(config, key)!r}, model.{other} = {getattr(config, other)!r} (in it they are one)"
             for key, other in self.linked.items()
@@ -187,14 +238,9 @@ class Family:
         ]
         return wrong + list(self.misfits(config))
 
-    def tensors(self, config: ModelConfig) -> dict[str, tuple[Weight, int]]:
-        """Every tensor of the model's files by name, in order of names, with its line of the table and its layer."""
-        named = {
-            weight.theirs.format(layer=layer): (weight, layer)
-            for weight in self.weights
-            if weight.when(config)
-            for layer in range(config.n_layers if weight.layered else 1)
-        }
+    def tensors(self, config: ModelConfig) -> dict[str, Tensor]:
+        """Every tensor of the model's files by name, in order of names."""
+        named = {tensor.name: tensor for weight in self.weights for tensor in weight.tensors(config)}
         return dict(sorted(named.items()))
 
     def to_hf_config(self, config: ModelConfig, *, dtype: str, special_ids: Mapping[str, int | None]) -> dict[str, Any]:
