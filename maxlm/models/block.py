@@ -12,32 +12,45 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.models.attention import Attention, Context, LayerCache
 from maxlm.models.config import ModelConfig, RematConfig
-from maxlm.models.layers import Initializer, model_norm
+from maxlm.models.layers import Initializer, Norm, model_norm
 from maxlm.models.mlp import MLP
 from maxlm.models.stacks import LayerKind, Segment
 from maxlm.parallel.axes import mesh_axes, names_in
 
 
 class Block(nnx.Module):
-    """A pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x)); in parallel, both of the same x."""
+    """A layer: attention, then the feed-forward block, each added to the residual stream with norms where the config
+    places them; in parallel, both of the same x."""
 
     def __init__(self, config: ModelConfig, kind: LayerKind, dtype: jnp.dtype, init: Initializer):
-        self.parallel = config.parallel_residual
-        self.attention_norm = model_norm(config, init.at("attention_norm"))
+        self.config = config
         self.attention = Attention(config, kind, dtype, init.at("attention"))
-        self.mlp_norm = model_norm(config, init.at("mlp_norm"))
         self.mlp = MLP(config, dtype, init.at("mlp"))
+        if config.norms_before:
+            self.attention_norm = model_norm(config, init.at("attention_norm"))
+            self.mlp_norm = model_norm(config, init.at("mlp_norm"))
+        if config.norms_after:
+            self.attention_out_norm = model_norm(config, init.at("attention_out_norm"))
+            self.mlp_out_norm = model_norm(config, init.at("mlp_out_norm"))
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
         """The residual stream after the layer, and the layer's cache."""
         x_BTD = checkpoint_name(x_BTD, "layer_input")
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD), context, cache)
-        if self.parallel:
+        before, after = self.config.norms_before, self.config.norms_after
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD) if before else x_BTD, context, cache)
+        if self.config.parallel_residual:
             return x_BTD + y_BTD + self.mlp(self.mlp_norm(x_BTD), context), cache
-        x_BTD = x_BTD + y_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD), context), cache
+        x_BTD = self._add(x_BTD, y_BTD, self.attention_out_norm if after else None)
+        y_BTD = self.mlp(self.mlp_norm(x_BTD) if before else x_BTD, context)
+        return self._add(x_BTD, y_BTD, self.mlp_out_norm if after else None), cache
+
+    def _add(self, x_BTD: jax.Array, y_BTD: jax.Array, norm: Norm | None) -> jax.Array:
+        """The residual stream and a block's result."""
+        if norm is None:
+            return x_BTD + y_BTD
+        return norm(x_BTD + y_BTD) if self.config.norm_placement == "post" else x_BTD + norm(y_BTD)
 
 
 Caches = dict[str, LayerCache]

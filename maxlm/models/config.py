@@ -122,6 +122,12 @@ class ModelConfig(Section):
 
     norm: Literal["rms", "layer"] = key("rms", "RMSNorm (arXiv:1910.07467) or LayerNorm with bias (arXiv:1607.06450)")
     norm_eps: float = key(1e-5, "added to the variance inside the norms", gt=0)
+    norm_placement: Literal["pre", "post", "sandwich", "branch"] = key(
+        "pre",
+        "where norms stand beside a block f: pre: x + f(norm(x)); post: norm(x + f(x)), the original Transformer's; "
+        "sandwich: x + norm(f(norm(x))) (Gemma 2); branch: x + norm(f(x)) (OLMo 2). All but post norm the last layer's "
+        "result too",
+    )
     positions: Literal["rope", "learned"] = key("rope", "rotary (arXiv:2104.09864) or learned absolute positions")
     rope_theta: float = key(10_000.0, "base of RoPE's wavelengths", gt=0)
     rope_fraction: float = key(
@@ -176,6 +182,14 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _norms_fit(self) -> ModelConfig:
+        if self.parallel_residual and self.norm_placement != "pre":
+            raise ValueError(
+                f"parallel_residual goes with norm_placement = 'pre' alone, and it is {self.norm_placement!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rope_fits(self) -> ModelConfig:
         if self.positions != "rope":
             if self.rope_scaling is not None or self.rope_fraction != 1:
@@ -225,6 +239,16 @@ class ModelConfig(Section):
     def rope_width(self) -> int:
         """Channels of a head that RoPE turns."""
         return int(self.head_width * self.rope_fraction)
+
+    @property
+    def norms_before(self) -> bool:
+        """Whether a block's input is normed."""
+        return self.norm_placement in ("pre", "sandwich")
+
+    @property
+    def norms_after(self) -> bool:
+        """Whether a block's result is normed, alone or with the residual stream."""
+        return self.norm_placement != "pre"
 
     @property
     def kv_heads(self) -> int:

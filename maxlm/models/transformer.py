@@ -68,7 +68,8 @@ class Transformer(nnx.Module):
                 for stack in segment
             }
         )
-        self.final_norm = model_norm(config, init.at("final_norm"))
+        if config.norm_placement != "post":
+            self.final_norm = model_norm(config, init.at("final_norm"))
         if not config.tied_embeddings:
             self.head = Head(config, init.at("head"))
 
@@ -92,7 +93,7 @@ class Transformer(nnx.Module):
         for segment in self.config.segments:
             x_BTD, new = run_segment(segment, self.decoder, x_BTD, context, caches, self.config.remat)
             written |= new or {}
-        return self.final_norm(x_BTD), written
+        return x_BTD if self.config.norm_placement == "post" else self.final_norm(x_BTD), written
 
     def _angles(self, positions_BT: jax.Array) -> tuple[Angles | None, Angles | None]:
         """RoPE's cosines and sines for global and for local layers."""

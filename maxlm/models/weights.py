@@ -64,7 +64,8 @@ def _weights(c: ModelConfig) -> Iterator[Weight]:
     yield Weight("embedding", (v, d), ("vocab", "embed"), product=False)
     if c.positions == "learned":
         yield Weight("embedding", (c.max_seq_len, d), ("positions", "embed"), product=False)
-    yield from _norm(c)
+    if c.norm_placement != "post":
+        yield from _norm(c)
     for segment in c.segments:
         for stack in segment:
             for weight in _layer(c):
@@ -76,7 +77,7 @@ def _weights(c: ModelConfig) -> Iterator[Weight]:
 def _layer(c: ModelConfig) -> Iterator[Weight]:
     yield from _attention(c, c.d_model, c.n_heads, c.kv_heads, c.head_width)
     yield from _mlp(c, c.d_model)
-    for _ in ("attention", "mlp"):
+    for _ in range(2 * (c.norms_before + c.norms_after)):
         yield from _norm(c)
 
 

@@ -23,6 +23,8 @@ VARIANTS = {
     "gpt_neox": tiny.GPT_NEOX,
     "gpt2 untied": {**tiny.GPT2, "tied_embeddings": False},
     "llama with biases and qk-norm": {**tiny.LLAMA, "attention_bias": True, "mlp_bias": True, "qk_norm": True},
+    "norms before and after": {**tiny.LLAMA, "norm_placement": "sandwich"},
+    "norms of sums": {**tiny.GPT2, "norm_placement": "post"},
     "wide heads, squared relu": {**tiny.LLAMA, "head_dim": 32, "n_kv_heads": 1, "mlp": "relu2"},
 }
 

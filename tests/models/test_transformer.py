@@ -23,6 +23,9 @@ BRICKS = {
         **tiny.LLAMA, "attention_window": 6, "rope_fraction": 0.5,
         "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16}
     },
+    "norms before and after": {**tiny.LLAMA, "norm_placement": "sandwich"},
+    "norms of results": {**tiny.LLAMA, "norm_placement": "branch"},
+    "norms of sums": {**tiny.GPT2, "norm_placement": "post"},
     "layers of two kinds, each with its RoPE": {
         **tiny.LLAMA, "n_layers": 5, "attention_window": 6, "attention_pattern": ["local", "global"],
         "local_rope_theta": 100.0
