@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
-from maxlm.errors import ClusterError
+from maxlm.errors import ClusterError, ConfigError
 from maxlm.section import Section, key
 
 if TYPE_CHECKING:
@@ -90,14 +90,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
 def axis_over_slices(sizes: dict[str, int], n_slices: int) -> str:
     """The mesh axis whose communication crosses the network between slices: the first that they divide.
 
-    Raises ClusterError where none of pipeline, data and fsdp is a multiple of the number of slices.
+    Raises ConfigError where none of pipeline, data and fsdp is a multiple of the number of slices.
     """
     for axis in SLICE_AXES:
         if sizes[axis] % n_slices == 0:
             return axis
-    raise ClusterError(
-        f"mesh {_show(sizes)} cannot be spread over {n_slices} slices: none of pipeline, data and fsdp is a multiple "
-        f"of {n_slices}; set mesh.data={n_slices}"
+    raise ConfigError(
+        f"mesh {_show(sizes)} cannot be spread over {n_slices} slices: none of "
+        f"{', '.join(f'mesh.{axis}' for axis in SLICE_AXES)} is a multiple of {n_slices}; set mesh.data={n_slices}"
     )
 
 

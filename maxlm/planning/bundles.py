@@ -8,6 +8,7 @@ has a line a bundle, with as many `>` as loops around it and marks at loops (`LB
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,14 +70,8 @@ class Schedule:
 
     def executions(self, loop: int | None) -> int | None:
         """How often a bundle of the loop runs in all, if no branch skips it; None where a bound is not known."""
-        times = 1
-        while loop is not None:
-            iterations = self.loops[loop].iterations
-            if iterations is None:
-                return None
-            times *= iterations
-            loop = self.loops[loop].parent
-        return times
+        around = self._around(loop)
+        return None if None in around else math.prod(n for n in around if n is not None)
 
     @property
     def static_cycles(self) -> int:
@@ -85,7 +80,7 @@ class Schedule:
         A loop whose bounds are not known counts as one iteration: see `complete`.
         """
         loops: list[int | None] = [None, *range(len(self.loops))]
-        return sum(len(self.own(loop)) * self._times(loop) for loop in loops)
+        return sum(len(self.own(loop)) * math.prod(n or 1 for n in self._around(loop)) for loop in loops)
 
     @property
     def complete(self) -> bool:
@@ -112,12 +107,13 @@ class Schedule:
         slots = len(self.own(loop)) * self.units[unit]
         return self.filled(unit, loop) / slots if slots else 0.0
 
-    def _times(self, loop: int | None) -> int:
-        times = 1
+    def _around(self, loop: int | None) -> list[int | None]:
+        """The iterations of a loop and of those around it."""
+        found = []
         while loop is not None:
-            times *= self.loops[loop].iterations or 1
+            found.append(self.loops[loop].iterations)
             loop = self.loops[loop].parent
-        return times
+        return found
 
     @cached_property
     def _innermost(self) -> list[int | None]:

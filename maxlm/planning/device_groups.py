@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from itertools import pairwise
 
@@ -89,35 +89,33 @@ def _mesh_groups(text: str) -> np.ndarray:
     return ids.reshape(cut_shape).transpose(outside + inside).reshape(-1, members)
 
 
-def axes_of_groups(text: str, sizes: Mapping[str, int], device_order: Sequence[int] | None = None) -> tuple[str, ...]:
+def axes_of_groups(text: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """The mesh axes that a collective with these groups goes over, in the mesh's order.
 
     Args:
         text: what stands behind `replica_groups=`.
         sizes: the mesh's axes and their sizes, in its order.
-        device_order: the partition number of each device along the flattened mesh, where it is not 0, 1, 2, ...
 
     Returns:
         () where each device is alone, `MIXED` where the groups are no product of mesh axes.
     """
-    return _axes_of_groups(text, tuple(sizes.items()), tuple(device_order) if device_order is not None else None)
+    return _axes_of_groups(text, tuple(sizes.items()))
 
 
 @lru_cache(maxsize=4096)
-def _axes_of_groups(text: str, sizes: tuple[tuple[str, int], ...], order: tuple[int, ...] | None) -> tuple[str, ...]:
+def _axes_of_groups(text: str, sizes: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
     names, shape = [name for name, _ in sizes], [size for _, size in sizes]
     n_devices = math.prod(shape)
     groups = parse_groups(text, n_devices)
     if isinstance(groups, list) or groups.size != n_devices:
         return MIXED
-    ids = np.array(order if order is not None else range(n_devices)).reshape(shape)
-    coordinates = np.stack(np.unravel_index(np.argsort(ids, axis=None)[groups], shape), axis=-1)
+    coordinates = np.stack(np.unravel_index(groups, shape), axis=-1)
     varies = np.any(coordinates[0] != coordinates[0, :1], axis=0)
     inside = [axis for axis in range(len(shape)) if varies[axis]]
     if groups.shape[1] != math.prod(shape[axis] for axis in inside):
         return MIXED
     outside = [axis for axis in range(len(shape)) if axis not in inside]
-    expected = ids.transpose(outside + inside).reshape(groups.shape)
+    expected = np.arange(n_devices).reshape(shape).transpose(outside + inside).reshape(groups.shape)
     if _rows(expected) != _rows(groups):
         return MIXED
     return tuple(names[axis] for axis in inside)
@@ -127,16 +125,15 @@ def _rows(groups: np.ndarray) -> set[tuple[int, ...]]:
     return set(map(tuple, np.sort(groups, axis=1).tolist()))
 
 
-def axes_of_pairs(text: str, sizes: Mapping[str, int], device_order: Sequence[int] | None = None) -> tuple[str, ...]:
+def axes_of_pairs(text: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """The mesh axes along which a collective-permute (`source_target_pairs={{0,1},{1,2}}`) sends.
 
     One axis where every pair differs in it alone; `MIXED` where pairs go along different axes. A pair that sends to
     itself says nothing.
     """
     shape = list(sizes.values())
-    ids = np.array(device_order if device_order is not None else range(math.prod(shape)))
     pairs = np.array([[int(one) for one in pair] for pair in re.findall(r"\{(\d+),\s*(\d+)\}", text)]).reshape(-1, 2)
-    coordinates = np.stack(np.unravel_index(np.argsort(ids)[pairs], shape), axis=-1)
+    coordinates = np.stack(np.unravel_index(pairs, shape), axis=-1)
     differs = coordinates[:, 0] != coordinates[:, 1]
     differs = differs[differs.any(axis=1)]
     if not len(differs):

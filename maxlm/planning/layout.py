@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from maxlm.errors import ConfigError
-from maxlm.parallel.mesh import AXES, SLICE_AXES
+from maxlm.parallel.mesh import AXES, axis_over_slices
 from maxlm.planning.topology import Topology
 
 # What collectives reach of the links' rates. TPU: the scaling book's table ("How to Think About TPUs") has 4.5e10 of
@@ -269,16 +269,10 @@ def _assign(sizes: tuple[int, ...], topology: Topology) -> tuple[tuple[tuple[int
 
 
 def _over_slices(sizes: tuple[int, ...], topology: Topology) -> tuple[int, ...]:
-    outer = [1] * len(sizes)
+    outer = dict.fromkeys(AXES, 1)
     if topology.slices > 1:
-        takers = [axis for axis in SLICE_AXES if sizes[AXES.index(axis)] % topology.slices == 0]
-        if not takers:
-            raise ConfigError(
-                f"{topology.slices} slices are spread over one of {', '.join(f'mesh.{axis}' for axis in SLICE_AXES)}, "
-                f"and none is a multiple of {topology.slices}; set mesh.data={topology.slices}"
-            )
-        outer[AXES.index(takers[0])] = topology.slices
-    return tuple(outer)
+        outer[axis_over_slices(dict(zip(AXES, sizes, strict=True)), topology.slices)] = topology.slices
+    return tuple(outer.values())
 
 
 def _on_torus(sizes: tuple[int, ...], physical: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

@@ -122,7 +122,7 @@ def test_two_devices_of_a_chip_share_its_links():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match="is of 32 devices and 1 x v5p:4x4x4 has 64"):
         network_of(mesh(fsdp=32), parse_topology("v5p:4x4x4"))
-    with pytest.raises(ConfigError, match=r"none is a multiple of 2; set mesh\.data=2"):
+    with pytest.raises(ConfigError, match=r"mesh\.fsdp is a multiple of 2; set mesh\.data=2"):
         network_of(mesh(tensor=512), parse_topology("v6e:16x16", slices=2))
     with pytest.raises(ValueError, match="'all-shuffle' is not one of"):
         collective_seconds("all-shuffle", 1, ["fsdp"], mesh(fsdp=64), parse_topology("v5p:4x4x4"))
