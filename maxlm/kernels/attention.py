@@ -62,6 +62,7 @@ def attention(
     Returns `[B, T, H, V]` in q's dtype, differentiable in q, k, v, sinks and the bias's array. Raises ValueError on
     shapes that do not fit or an unknown implementation.
     """
+    own_segments = kv_segments_BS is None or kv_segments_BS is segments_BT
     if segments_BT is not None and kv_segments_BS is None:
         kv_segments_BS = segments_BT
     extras = Extras(segments_BT, kv_segments_BS, prefix_BS, sinks_H, bias)
@@ -81,7 +82,14 @@ def attention(
         run = on_each_device(local, specs, activation_spec("batch", "length", "heads", None))
         return run(q_BTHK, k_BSGK, v_BSGV, extras, q_offset_B)
     if chosen == "pallas":
-        local = partial(attention_tpu.attend, mask=mask, scale=factor, softcap=softcap, interpret=platform() != "tpu")
+        local = partial(
+            attention_tpu.attend,
+            mask=mask,
+            scale=factor,
+            softcap=softcap,
+            own_segments=own_segments,
+            interpret=platform() != "tpu",
+        )
         run = on_each_device(local, _specs(extras), activation_spec("batch", "length", "heads", None), checked=False)
         return run(q_BTHK, k_BSGK, v_BSGV, extras)
     tile = CPU_TILE if platform() == "cpu" else ACCELERATOR_TILE
@@ -114,8 +122,8 @@ def _chunked_forward(q, k, v, extras: Extras, how: Chunking):
     if extras.segments_BT is not None or extras.prefix_BS is not None:
         # Tied to q, or partial evaluation of a scan over layers finds that the masks of all tiles are the same in every
         # layer and makes them ahead, all at once: gigabytes.
-        q, *rows = jax.lax.optimization_barrier((q, *extras[:3]))
-        extras = Extras(*rows, *extras[3:])
+        q, segments, kv_segments, prefix = jax.lax.optimization_barrier((q, *extras[:3]))
+        extras = extras._replace(segments_BT=segments, kv_segments_BS=kv_segments, prefix_BS=prefix)
     out_specs = (activation_spec("batch", "length", "heads", None), activation_spec("batch", "length", "heads"))
     run = on_each_device(partial(attention_chunked.forward, how=how), _specs(extras), out_specs)
     o, lse = run(q, k, v, extras)

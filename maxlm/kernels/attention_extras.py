@@ -24,8 +24,9 @@ class Extras(NamedTuple):
         """The sharding of each array that is given, in the same places."""
         rows, heads = activation_spec("batch", "length"), activation_spec("heads")
         per_head = heads if isinstance(self.bias, Alibi) else activation_spec(None, "heads")
-        each = Extras(rows, rows, rows, heads, jax.tree.map(lambda _: per_head, self.bias))  # pyright: ignore[reportArgumentType]
-        return Extras(*(None if given is None else spec for given, spec in zip(self, each, strict=True)))
+        each = (rows, rows, rows, heads, jax.tree.map(lambda _: per_head, self.bias))
+        specs: list[Any] = [None if given is None else spec for given, spec in zip(self, each, strict=True)]
+        return Extras(*specs)
 
     def brought(self) -> Extras:
         """The same arrays in their shardings."""
