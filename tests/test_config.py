@@ -456,8 +456,8 @@ def test_resuming_knows_configs_of_other_versions():
     old = config.model_dump(mode="json")
     del old["model"]["qk_norm"]
     check_resume(old, config)
-    with pytest.raises(CheckpointError, match=r"model\.qk_norm: the checkpoint has False, the config True"):
-        check_resume(old, load_config("quickstart", ["model.qk_norm=true"]))
+    with pytest.raises(CheckpointError, match=r"model\.qk_norm: the checkpoint has 'none', the config 'head'"):
+        check_resume(old, load_config("quickstart", ["model.qk_norm=head"]))
     old["model"]["mixture_of_experts"] = True
     with pytest.raises(CheckpointError, match=r"model\.mixture_of_experts"):
         check_resume(old, config)

@@ -32,7 +32,7 @@ LANES = 128
 
 # Arrays of [tokens, d_ff] that the activation leaves for the backward pass where everything is kept, besides its
 # inputs: outputs of its elementwise steps, and its result (jax.ad_checkpoint's list of saved residuals).
-ACTIVATION_ARRAYS = {"swiglu": 4, "geglu": 6, "gelu": 5, "gelu_exact": 3, "relu2": 2.5}
+ACTIVATION_ARRAYS = {"swiglu": 4, "geglu": 6, "gelu": 5, "gelu_exact": 3, "relu": 1.5, "relu2": 2.5}
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _everything(model: ModelConfig, shapes: Shapes, named: Mapping[str, float], 
     residual32 = shapes.residual_tokens * model.d_model * 4
     norms = 2 * (3 if model.norm == "layer" else 2) * residual32
     normed = 2 * shapes.tokens * model.d_model * width
-    if model.qk_norm:
+    if model.qk_norm != "none":
         norms += (named["q"] + named["k"]) * (1 + 2 * 4 / width)
     attention = lane_padding(model) * (named["q"] + named["k"] + named["v"]) + named["flash_out"] + named["q"]
     between = named["attention_out"] if model.norm == "rms" else 0

@@ -16,16 +16,19 @@ from maxlm.models.flops import (
     training_flops_per_token,
 )
 from tests import tiny
+from tests.interop import ours_dense
 
 VARIANTS = {
     "llama": tiny.LLAMA,
     "gpt2": tiny.GPT2,
     "gpt_neox": tiny.GPT_NEOX,
     "gpt2 untied": {**tiny.GPT2, "tied_embeddings": False},
-    "llama with biases and qk-norm": {**tiny.LLAMA, "attention_bias": True, "mlp_bias": True, "qk_norm": True},
+    "llama with biases and qk-norm": {**tiny.LLAMA, "attention_bias": True, "mlp_bias": True, "qk_norm": "head"},
     "norms before and after": {**tiny.LLAMA, "norm_placement": "sandwich"},
     "norms of sums": {**tiny.GPT2, "norm_placement": "post"},
     "wide heads, squared relu": {**tiny.LLAMA, "head_dim": 32, "n_kv_heads": 1, "mlp": "relu2"},
+    "gemma2": ours_dense.GEMMA2,
+    "opt, heads normed together, embeddings normed": {**ours_dense.OPT, "qk_norm": "all", "embedding_norm": True},
 }
 
 
