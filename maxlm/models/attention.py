@@ -10,10 +10,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels.attention import attention
+from maxlm.kernels.attention_bias import Alibi
 from maxlm.kernels.masks import Mask
 from maxlm.models.config import ModelConfig
 from maxlm.models.layers import HeadsNorm, Initializer, Norm, project, use
-from maxlm.models.positions import rotate
+from maxlm.models.positions import alibi_slopes, rotate
 from maxlm.models.stacks import LayerKind
 from maxlm.parallel.axes import activation_spec, constrain
 
@@ -87,6 +88,7 @@ class Attention(nnx.Module):
             v_BTGK,
             mask=self.mask,
             segments_BT=context.segments_BT,
+            bias=Alibi(jnp.asarray(alibi_slopes(self.config.n_heads))) if self.config.positions == "alibi" else None,
             softcap=self.config.attention_softcap,
             scale=self.config.attention_scale,
             q_offset_B=context.lengths_B,

@@ -131,7 +131,11 @@ class ModelConfig(Section):
     )
     embedding_scale: bool = key(False, "token vectors are multiplied by sqrt(d_model) (arXiv:1706.03762, section 3.4)")
     embedding_norm: bool = key(False, "a norm of the embeddings' sum, before the first layer (BLOOM, BERT)")
-    positions: Literal["rope", "learned"] = key("rope", "rotary (arXiv:2104.09864) or learned absolute positions")
+    positions: Literal["rope", "learned", "alibi"] = key(
+        "rope",
+        "rotary (arXiv:2104.09864), learned absolute positions, or scores lowered in proportion to distance, more or "
+        "less in each head (ALiBi, arXiv:2108.12409)",
+    )
     position_offset: int = key(
         0, "rows of the learned positions' table before that of the first position; OPT has 2", unit="rows", ge=0
     )

@@ -16,6 +16,10 @@ GEMMA3 = {
 }  # fmt: skip
 OLMO2 = {**tiny.LLAMA, "norm_placement": "branch", "qk_norm": "all"}
 PHI3 = {**tiny.LLAMA, "rope_fraction": 0.5, "attention_window": 6}
+BLOOM = {
+    **tiny.GPT2, "positions": "alibi", "embedding_norm": True, "n_heads": 6, "n_kv_heads": 6, "d_model": 48,
+    "d_ff": 192
+}  # fmt: skip
 OPT = {**tiny.GPT2, "mlp": "relu", "position_offset": 2}
 
 MODELS = {
@@ -32,6 +36,7 @@ MODELS = {
         **OLMO2, "attention_bias": True, "attention_out_bias": True, "tied_embeddings": True, "n_kv_heads": 1
     },
     "phi3": PHI3,
+    "bloom": BLOOM,
     "opt": OPT,
     "opt, no biases, untied": {
         **OPT, "attention_bias": False, "attention_out_bias": False, "mlp_bias": False, "tied_embeddings": False

@@ -71,6 +71,19 @@ OPT_CONFIG = {
     "prefix": "</s>",
     "torch_dtype": "float32",
 }
+BLOOM_CONFIG = {
+    "architectures": ["BloomForCausalLM"],
+    "model_type": "bloom",
+    "vocab_size": 203,
+    "n_embed": 48,
+    "n_layer": 3,
+    "num_attention_heads": 6,
+    "seq_length": 64,
+    "pretraining_tp": 4,
+    "offset_alibi": 100,
+    "n_inner": None,
+    "torch_dtype": "float32",
+}
 
 CASES = {
     "gemma2": GEMMA2_CONFIG,
@@ -80,4 +93,5 @@ CASES = {
     | {"num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True},
     "phi3": PHI3_CONFIG,
     "opt": OPT_CONFIG,
+    "bloom": BLOOM_CONFIG,
 }

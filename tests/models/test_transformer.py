@@ -34,6 +34,7 @@ BRICKS = {
     "gemma3": ours_dense.GEMMA3,
     "queries and keys normed over all heads": {**ours_dense.OLMO2, "embedding_norm": True, "norm_unit_offset": True},
     "opt": ours_dense.OPT,
+    "bloom": {**ours_dense.BLOOM, "tied_embeddings": False},
 }  # fmt: skip
 MESHES = {"fsdp 8": {"fsdp": 8}, "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2}}
 

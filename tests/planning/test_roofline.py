@@ -48,6 +48,7 @@ MODELS = {
     "layers of two kinds": tiny.LLAMA
     | {"n_kv_heads": 4, "n_layers": 5, "attention_window": 7, "attention_pattern": ("local", "global")},
     "gemma3": ours_dense.GEMMA3 | {"n_kv_heads": 4},
+    "bloom": ours_dense.BLOOM | {"n_heads": 4, "n_kv_heads": 4},
     "opt, heads normed together, embeddings normed": ours_dense.OPT | {"qk_norm": "all", "embedding_norm": True},
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from maxlm.errors import ConfigError
 from maxlm.models.config import ModelConfig
+from maxlm.models.families.bloom import BLOOM
 from maxlm.models.families.gemma2 import GEMMA2
 from maxlm.models.families.gemma3 import GEMMA3
 from maxlm.models.families.gpt2 import GPT2
@@ -23,7 +24,7 @@ from maxlm.models.families.qwen import QWEN2, QWEN3
 from maxlm.models.families.table import Family
 
 # A model of two families is exported as the first of them.
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3, GPT_NEOX, GPT2, OPT)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3, GPT_NEOX, GPT2, OPT, BLOOM)
 
 
 def family_for(config: ModelConfig) -> Family:
