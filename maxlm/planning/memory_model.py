@@ -160,7 +160,7 @@ def _everything(model: ModelConfig, shapes: Shapes, named: Mapping[str, float], 
     """Policy none: each norm leaves float32 arrays of the width of the residual stream, and the normed input is kept as
     the matmuls take it; attention's output is kept in two layouts."""
     residual32 = shapes.residual_tokens * model.d_model * 4
-    norms = 2 * (3 if model.norm == "layer" else 2) * residual32
+    norms = 2 * (model.norms_before + model.norms_after) * (3 if model.norm == "layer" else 2) * residual32
     normed = 2 * shapes.tokens * model.d_model * width
     if model.qk_norm != "none":
         norms += (named["q"] + named["k"]) * (1 + 2 * 4 / width)
