@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from maxlm.models.config import ModelConfig
 from maxlm.models.weights import weights_of
 from maxlm.parallel.axes_table import ACTIVATIONS
-from maxlm.planning.recomputation import PRODUCTS
+from maxlm.planning.recomputation import products
 
 if TYPE_CHECKING:
     from maxlm.config import RunConfig
@@ -126,7 +126,7 @@ def kept_per_layer(config: RunConfig, shapes: Shapes) -> float:
     if model.remat.policy == "names":
         return sum(named[name] for name in set(model.remat.names) - set(model.remat.offload))
     if model.remat.policy == "dots":
-        return sum(named[name] for name in PRODUCTS)
+        return sum(named[name] for name in products(model))
     return _everything(model, shapes, named, width)
 
 
