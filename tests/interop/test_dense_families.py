@@ -94,7 +94,7 @@ REFUSED = {
         public_dense.GEMMA2_CONFIG, {"sliding_window_size": 7}, "sliding_window_size = 7: not known"
     ),
     "gemma2, exact GELU": (public_dense.GEMMA2_CONFIG, {"hidden_activation": "gelu"}, "hidden_activation = 'gelu'"),
-    "gemma2, layers without a number": (public_dense.GEMMA2_CONFIG, {"num_hidden_layers": "4"}, "expected two integers"),
+    "gemma2, layers as text": (public_dense.GEMMA2_CONFIG, {"num_hidden_layers": "4"}, "expected two integers"),
     "gemma3, soft-capped scores": (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
     "gemma3, both ways": (GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
     "gemma3, local RoPE scaled": (
