@@ -11,7 +11,7 @@ GEMMA2 = {
     "attention_scale": 24**-0.5
 }  # fmt: skip
 GEMMA3 = {
-    **GEMMA, "n_layers": 4, "attention_pattern": ["local", "local", "global"], "qk_norm": "head",
+    **GEMMA, "attention_pattern": ["local", "local", "global"], "qk_norm": "head",
     "local_rope_theta": 100.0, "rope_scaling": {"kind": "linear", "factor": 4.0}, "n_kv_heads": 1, "head_dim": 24
 }  # fmt: skip
 OLMO2 = {**tiny.LLAMA, "norm_placement": "branch", "qk_norm": "all"}
