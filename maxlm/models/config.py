@@ -122,13 +122,23 @@ class ModelConfig(Section):
 
     norm: Literal["rms", "layer"] = key("rms", "RMSNorm (arXiv:1910.07467) or LayerNorm with bias (arXiv:1607.06450)")
     norm_eps: float = key(1e-5, "added to the variance inside the norms", gt=0)
+    norm_unit_offset: bool = key(False, "norms multiply by 1 + scale, and scales start at 0 (Gemma)")
     norm_placement: Literal["pre", "post", "sandwich", "branch"] = key(
         "pre",
         "where norms stand beside a block f: pre: x + f(norm(x)); post: norm(x + f(x)), the original Transformer's; "
         "sandwich: x + norm(f(norm(x))) (Gemma 2); branch: x + norm(f(x)) (OLMo 2). All but post norm the last layer's "
         "result too",
     )
-    positions: Literal["rope", "learned"] = key("rope", "rotary (arXiv:2104.09864) or learned absolute positions")
+    embedding_scale: bool = key(False, "token vectors are multiplied by sqrt(d_model) (arXiv:1706.03762, section 3.4)")
+    embedding_norm: bool = key(False, "a norm of the embeddings' sum, before the first layer (BLOOM, BERT)")
+    positions: Literal["rope", "learned", "alibi"] = key(
+        "rope",
+        "rotary (arXiv:2104.09864), learned absolute positions, or scores lowered in proportion to distance, more or "
+        "less in each head (ALiBi, arXiv:2108.12409)",
+    )
+    position_offset: int = key(
+        0, "rows of the learned positions' table before that of the first position; OPT has 2", unit="rows", ge=0
+    )
     rope_theta: float = key(10_000.0, "base of RoPE's wavelengths", gt=0)
     rope_fraction: float = key(
         1.0, "part of a head's channels that RoPE turns, the first ones; the others pass (GPT-NeoX)", gt=0, le=1
@@ -136,7 +146,12 @@ class ModelConfig(Section):
     rope_scaling: RopeScalingConfig | None = key(None, "stretches RoPE's wavelengths for longer rows; null: none")
     attention_bias: bool = key(False, "biases on the query, key and value projections")
     attention_out_bias: bool = key(False, "a bias on attention's output projection")
-    qk_norm: bool = key(False, "RMSNorm over each head of queries and keys, before RoPE (arXiv:2302.05442)")
+    attention_scale: float | None = key(None, "scores are queries by keys times this; null: 1 / sqrt(head_dim)", gt=0)
+    qk_norm: Literal["none", "head", "all"] = key(
+        "none",
+        "RMSNorm of queries and keys before RoPE: head: over each head (arXiv:2302.05442); all: over all heads of a "
+        "token together (OLMo 2)",
+    )
     attention_window: int | None = key(
         None,
         "a token attends to itself and the tokens before it, so many in all (Mistral, arXiv:2310.06825); null: to all",
@@ -155,9 +170,9 @@ class ModelConfig(Section):
     attention_implementation: Literal["auto", "reference", "chunked", "pallas"] = key(
         "auto", "which attention kernel runs; auto: pallas on TPUs where it takes the shapes, chunked elsewhere"
     )
-    mlp: Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu2"] = key(
+    mlp: Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu", "relu2"] = key(
         "swiglu",
-        "gated by SiLU or GELU (arXiv:2002.05202), or plain with GELU (by tanh, or exact) or squared ReLU "
+        "gated by SiLU or GELU (arXiv:2002.05202), or plain with GELU (by tanh, or exact), ReLU or squared ReLU "
         "(arXiv:2109.08668)",
     )
     mlp_bias: bool = key(False, "biases in the feed-forward block")
@@ -186,6 +201,15 @@ class ModelConfig(Section):
         if self.parallel_residual and self.norm_placement != "pre":
             raise ValueError(
                 f"parallel_residual goes with norm_placement = 'pre' alone, and it is {self.norm_placement!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _positions_fit(self) -> ModelConfig:
+        if self.position_offset and self.positions != "learned":
+            raise ValueError(
+                f"position_offset = {self.position_offset} is of learned positions, and positions = "
+                f"{self.positions!r}; leave it out"
             )
         return self
 

@@ -1,4 +1,5 @@
-"""Rotary position embeddings (RoPE, arXiv:2104.09864), in the half-split layout of the public Llama weights."""
+"""Rotary position embeddings (RoPE, arXiv:2104.09864), in the half-split layout of the public Llama weights, and the
+slopes of ALiBi (arXiv:2108.12409)."""
 
 from __future__ import annotations
 
@@ -100,3 +101,16 @@ def rotate(x_BTHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1).astype(x_BTHK.dtype)
+
+
+def alibi_slopes(n_heads: int) -> np.ndarray:
+    """By how much each head lowers a score for every position between query and key, `[n_heads]` float32 (ALiBi,
+    arXiv:2108.12409, section 3).
+
+    Powers of 2^(-8 / n) for n heads, a power of two; for other numbers those of the next lower power of two, and then
+    every second of those of the next higher, as in the paper's code.
+    """
+    lower = 2 ** (n_heads.bit_length() - 1)
+    exponents = [8 * i / lower for i in range(1, lower + 1)]
+    exponents += [8 * i / (2 * lower) for i in range(1, 2 * (n_heads - lower), 2)]
+    return np.exp2(-np.array(exponents)).astype(np.float32)

@@ -22,25 +22,30 @@ Params = dict[str, Any]
 
 
 class Embedding(nnx.Module):
-    """Token vectors, and position vectors where positions are learned."""
+    """Token vectors, and position vectors where positions are learned; their sum normed where the config says so."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, init: Initializer):
-        self.dtype = dtype
+        self.config, self.dtype = config, dtype
         self.tokens = init.normal(
             "tokens", (config.padded_vocab_size, config.d_model), ("vocab", "embed"), config.init_std
         )
         if config.positions == "learned":
-            shape = (config.max_seq_len, config.d_model)
+            shape = (config.position_offset + config.max_seq_len, config.d_model)
             self.positions = init.normal("positions", shape, ("positions", "embed"), config.init_std)
+        if config.embedding_norm:
+            self.norm = model_norm(config, init.at("norm"))
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, context: Context) -> jax.Array:
         """Vectors `[B, T, D]` in the compute format, as the residual stream is sharded."""
         _, length_axis, _ = context.residual
         x_BTD = embed(self.tokens[...], tokens_BT, dtype=self.dtype, length_axis=length_axis)
+        if self.config.embedding_scale:
+            x_BTD = x_BTD * self.config.d_model**0.5
         if hasattr(self, "positions"):
             table = use(self.positions, self.dtype)
-            x_BTD = x_BTD + table.at[positions_BT].get(out_sharding=activation_spec(*context.residual))
-        return x_BTD
+            rows_BT = positions_BT + self.config.position_offset if self.config.position_offset else positions_BT
+            x_BTD = x_BTD + table.at[rows_BT].get(out_sharding=activation_spec(*context.residual))
+        return self.norm(x_BTD) if self.config.embedding_norm else x_BTD
 
 
 class Head(nnx.Module):

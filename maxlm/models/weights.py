@@ -63,7 +63,10 @@ def _weights(c: ModelConfig) -> Iterator[Weight]:
     d, v = c.d_model, c.padded_vocab_size
     yield Weight("embedding", (v, d), ("vocab", "embed"), product=False)
     if c.positions == "learned":
-        yield Weight("embedding", (c.max_seq_len, d), ("positions", "embed"), product=False)
+        rows = c.position_offset + c.max_seq_len
+        yield Weight("embedding", (rows, d), ("positions", "embed"), product=False)
+    if c.embedding_norm:
+        yield from _norm(c)
     if c.norm_placement != "post":
         yield from _norm(c)
     for segment in c.segments:
@@ -97,9 +100,12 @@ def _attention(c: ModelConfig, d: int, h: int, g: int, k: int) -> Iterator[Weigh
             yield Weight("attention", (g, k), ("kv_heads", "head_dim"), product=False)
     if c.attention_out_bias:
         yield Weight("norm", (d,), ("norm",), product=False)
-    if c.qk_norm:
+    if c.qk_norm == "head":
         for _ in ("q", "k"):
             yield Weight("norm", (k,), ("norm",), product=False)
+    if c.qk_norm == "all":
+        yield Weight("norm", (h, k), ("heads", "head_dim"), product=False)
+        yield Weight("norm", (g, k), ("kv_heads", "head_dim"), product=False)
 
 
 def _mlp(c: ModelConfig, d: int) -> Iterator[Weight]:

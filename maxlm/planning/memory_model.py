@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from maxlm.models.config import ModelConfig
 from maxlm.models.weights import weights_of
 from maxlm.parallel.axes_table import ACTIVATIONS
-from maxlm.planning.recomputation import PRODUCTS
+from maxlm.planning.recomputation import products
 
 if TYPE_CHECKING:
     from maxlm.config import RunConfig
@@ -32,7 +32,7 @@ LANES = 128
 
 # Arrays of [tokens, d_ff] that the activation leaves for the backward pass where everything is kept, besides its
 # inputs: outputs of its elementwise steps, and its result (jax.ad_checkpoint's list of saved residuals).
-ACTIVATION_ARRAYS = {"swiglu": 4, "geglu": 6, "gelu": 5, "gelu_exact": 3, "relu2": 2.5}
+ACTIVATION_ARRAYS = {"swiglu": 4, "geglu": 6, "gelu": 5, "gelu_exact": 3, "relu": 1.5, "relu2": 2.5}
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def kept_per_layer(config: RunConfig, shapes: Shapes) -> float:
     if model.remat.policy == "names":
         return sum(named[name] for name in set(model.remat.names) - set(model.remat.offload))
     if model.remat.policy == "dots":
-        return sum(named[name] for name in PRODUCTS)
+        return sum(named[name] for name in products(model))
     return _everything(model, shapes, named, width)
 
 
@@ -160,9 +160,9 @@ def _everything(model: ModelConfig, shapes: Shapes, named: Mapping[str, float], 
     """Policy none: each norm leaves float32 arrays of the width of the residual stream, and the normed input is kept as
     the matmuls take it; attention's output is kept in two layouts."""
     residual32 = shapes.residual_tokens * model.d_model * 4
-    norms = 2 * (3 if model.norm == "layer" else 2) * residual32
+    norms = 2 * (model.norms_before + model.norms_after) * (3 if model.norm == "layer" else 2) * residual32
     normed = 2 * shapes.tokens * model.d_model * width
-    if model.qk_norm:
+    if model.qk_norm != "none":
         norms += (named["q"] + named["k"]) * (1 + 2 * 4 / width)
     attention = lane_padding(model) * (named["q"] + named["k"] + named["v"]) + named["flash_out"] + named["q"]
     between = named["attention_out"] if model.norm == "rms" else 0

@@ -115,6 +115,25 @@ def test_what_transformers_saves_is_read_back_with_the_same_logits_and_text(tmp_
         "gpt2": transformers.GPT2Config(
             vocab_size=203, n_positions=64, n_embd=48, n_layer=3, n_head=4, initializer_range=0.3,
         ),
+        "gemma2": transformers.Gemma2Config(
+            **SIZES, head_dim=16, sliding_window=5, query_pre_attn_scalar=12, initializer_range=0.3
+        ),
+        "gemma3": transformers.Gemma3TextConfig(
+            **SIZES, head_dim=16, sliding_window=5, query_pre_attn_scalar=12, initializer_range=0.3,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            rope_parameters={"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+                             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}},
+        ),
+        "olmo2": transformers.Olmo2Config(**SIZES, initializer_range=0.3),
+        "phi3": transformers.Phi3Config(
+            **SIZES, pad_token_id=None, sliding_window=5, initializer_range=0.3,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        ),
+        "opt": transformers.OPTConfig(
+            vocab_size=203, hidden_size=48, ffn_dim=80, num_hidden_layers=3, num_attention_heads=4,
+            max_position_embeddings=64, word_embed_proj_dim=48, init_std=0.3,
+        ),
+        "bloom": transformers.BloomConfig(vocab_size=203, hidden_size=48, n_layer=3, n_head=6, initializer_range=0.3),
     }  # fmt: skip
     for name, config in made.items():
         torch.manual_seed(0)

@@ -10,15 +10,21 @@ from typing import Any
 
 from maxlm.errors import ConfigError
 from maxlm.models.config import ModelConfig
+from maxlm.models.families.bloom import BLOOM
+from maxlm.models.families.gemma2 import GEMMA2
+from maxlm.models.families.gemma3 import GEMMA3
 from maxlm.models.families.gpt2 import GPT2
 from maxlm.models.families.gpt_neox import GPT_NEOX
 from maxlm.models.families.llama import LLAMA
 from maxlm.models.families.mistral import MISTRAL
+from maxlm.models.families.olmo import OLMO2
+from maxlm.models.families.opt import OPT
+from maxlm.models.families.phi3 import PHI3
 from maxlm.models.families.qwen import QWEN2, QWEN3
 from maxlm.models.families.table import Family
 
 # A model of two families is exported as the first of them.
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, GPT2)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3, GPT_NEOX, GPT2, OPT, BLOOM)
 
 
 def family_for(config: ModelConfig) -> Family:
