@@ -181,7 +181,13 @@ def prefill(module: Transformer, model: Model, tokens_BT: jax.Array, lengths_B: 
 def next_logits(module: Transformer, x_BTD: jax.Array) -> jax.Array:
     """The float32 logits `[B, V]` of the last position of `x_BTD`."""
     config = module.config
-    scores = logits(x_BTD[:, -1:], module.head_weight(), vocab_size=config.vocab_size, softcap=config.logit_softcap)
+    scores = logits(
+        module.head_input(x_BTD[:, -1:]),
+        module.head_weight(),
+        vocab_size=config.vocab_size,
+        bias_V=module.head_bias(),
+        softcap=config.logit_softcap,
+    )
     return scores[:, 0]
 
 

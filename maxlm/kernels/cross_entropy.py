@@ -55,11 +55,12 @@ def cross_entropy(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The sum over tokens of `weight * (nll + z_loss * lse^2)` with `nll = lse - logit of the target`.
 
-    Logits are `x w`, plus `bias_V` if given, through `softcap * tanh(. / softcap)` if given; `lse` is the log of the sum of their exponentials
-    over the first `vocab_size` rows of `w_VD`, the rest being padding. The term with `lse^2` is the z-loss (PaLM,
-    arXiv:2204.02311, section 5). With `label_smoothing` e, targets are a mixture of 1 - e of the target and e of all
-    tokens alike (arXiv:1512.00567, section 7), which adds `e * (logit of the target - mean logit)`. Products run in x's dtype with float32 sums; everything else is float32. Tokens of
-    weight 0 count nothing, whatever their target; a target outside the vocabulary has an infinite loss.
+    Logits are `x w`, plus `bias_V` if given, through `softcap * tanh(. / softcap)` if given; `lse` is the log of the
+    sum of their exponentials over the first `vocab_size` rows of `w_VD`, the rest being padding. The term with `lse^2` is
+    the z-loss (PaLM, arXiv:2204.02311, section 5). With `label_smoothing` e, targets are a mixture of 1 - e of the
+    target and e of all tokens alike (arXiv:1512.00567, section 7), which adds `e * (logit of the target - mean logit)`.
+    Products run in x's dtype with float32 sums; everything else is float32. Tokens of weight 0 count nothing, whatever
+    their target; a target outside the vocabulary has an infinite loss.
 
     `x_BTD` lies as the residual stream does; `w_VD` is shared over the vocabulary, and may rest in pieces along D as
     FSDP stores it: then it is gathered inside, and its gradient leaves reduce-scattered. `chunk_tokens` (a device) is
@@ -215,7 +216,7 @@ def _local_gradients(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, how: _How, 
         if dbias_V is not None:
             dbias_V = dbias_V + jnp.sum(row_N[:, None] * e_NV.astype(jnp.float32), axis=0)
         dweight_N = part.nll_N + how.z_loss * jnp.square(part.lse_N)
-        if how.label_smoothing:
+        if part.smoothing_N is not None:
             dweight_N = dweight_N + how.label_smoothing * part.smoothing_N
         return (_add_sums(sums, part, weight_N, how), dw_VD, dbias_V), (dx_ND.astype(x_BTD.dtype), dweight_N)
 
@@ -228,7 +229,7 @@ def _local_gradients(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, how: _How, 
     # Between devices it travels in the format of the products, as the gradients of all gathered weights do.
     dw = manual.scattered_total(dw.astype(x_BTD.dtype), w_axes, 1)
     dw = manual.total(dw, tuple(axis for axis in mesh_axes("batch") if axis not in w_axes))
-    if dbias is not None:
+    if bias_V is not None:
         dbias = manual.total(dbias, mesh_axes("batch")).astype(bias_V.dtype)
     dweight_BT = dweight_CN.reshape(-1)[:n_tokens].reshape(weights_BT.shape)
     return manual.total(sums, mesh_axes("batch")), dx_BTD, dw.astype(w_VD.dtype), dbias, dweight_BT
@@ -303,7 +304,7 @@ def _add_sums(sums, part: _Losses, weight_N: jax.Array, how: _How):
     used_N = weight_N != 0.0
     nll = jnp.sum(jnp.where(used_N, weight_N * part.nll_N, 0.0))
     z = how.z_loss * jnp.sum(jnp.where(used_N, weight_N * jnp.square(part.lse_N), 0.0))
-    if not how.label_smoothing:
+    if part.smoothing_N is None:
         return sums[0] + nll, sums[1] + z
     smoothing = how.label_smoothing * jnp.sum(jnp.where(used_N, weight_N * part.smoothing_N, 0.0))
     return sums[0] + nll, sums[1] + z, sums[2] + smoothing

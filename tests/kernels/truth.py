@@ -72,7 +72,15 @@ def attention(q, k, v, do, allowed_BTS, scale: float, softcap: float | None) -> 
 
 
 def cross_entropy(
-    x, w, targets, weights, vocab_size: int, softcap: float | None, z_loss: float, bias=0.0, label_smoothing: float = 0.0
+    x,
+    w,
+    targets,
+    weights,
+    vocab_size: int,
+    softcap: float | None,
+    z_loss: float,
+    bias=0.0,
+    label_smoothing: float = 0.0,
 ) -> dict[str, np.ndarray]:
     """The sums, the losses of tokens, and the gradients of x, w, bias and weights."""
     x, w, weights, bias = (np.asarray(a, np.float64) for a in (x, w, weights, bias))
