@@ -56,8 +56,8 @@ def cross_entropy(
     """The sum over tokens of `weight * (nll + z_loss * lse^2)` with `nll = lse - logit of the target`.
 
     Logits are `x w`, plus `bias_V` if given, through `softcap * tanh(. / softcap)` if given; `lse` is the log of the
-    sum of their exponentials over the first `vocab_size` rows of `w_VD`, the rest being padding. The term with `lse^2` is
-    the z-loss (PaLM, arXiv:2204.02311, section 5). With `label_smoothing` e, targets are a mixture of 1 - e of the
+    sum of their exponentials over the first `vocab_size` rows of `w_VD`, the rest being padding. The term with `lse^2`
+    is the z-loss (PaLM, arXiv:2204.02311, section 5). With `label_smoothing` e, targets are a mixture of 1 - e of the
     target and e of all tokens alike (arXiv:1512.00567, section 7), which adds `e * (logit of the target - mean logit)`.
     Products run in x's dtype with float32 sums; everything else is float32. Tokens of weight 0 count nothing, whatever
     their target; a target outside the vocabulary has an infinite loss.

@@ -10,11 +10,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels.attention import attention
-from maxlm.kernels.attention_bias import Bias
+from maxlm.kernels.attention_bias import Alibi, Bias
 from maxlm.kernels.masks import Mask
 from maxlm.models.config import ModelConfig
-from maxlm.models.layers import Initializer, Norm, project, use
-from maxlm.models.positions import rotate
+from maxlm.models.layers import HeadsNorm, Initializer, Norm, project, use
+from maxlm.models.positions import alibi_slopes, rotate
 from maxlm.models.stacks import LayerKind
 from maxlm.parallel.axes import activation_spec, constrain
 
@@ -67,9 +67,13 @@ class Attention(nnx.Module):
             self.v_bias = init.full((g, k), ("kv_heads", "head_dim"), 0.0)
         if config.attention_out_bias:
             self.o_bias = init.full((d,), ("norm",), 0.0)
-        if config.qk_norm:
-            self.q_norm = Norm(k, "rms", config.norm_eps, init.at("q_norm"))
-            self.k_norm = Norm(k, "rms", config.norm_eps, init.at("k_norm"))
+        if config.qk_norm == "head":
+            offset = config.norm_unit_offset
+            self.q_norm = Norm(k, "rms", config.norm_eps, init.at("q_norm"), unit_offset=offset)
+            self.k_norm = Norm(k, "rms", config.norm_eps, init.at("k_norm"), unit_offset=offset)
+        if config.qk_norm == "all":
+            self.q_norm = HeadsNorm(h, "heads", config, init.at("q_norm"))
+            self.k_norm = HeadsNorm(g, "kv_heads", config, init.at("k_norm"))
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: LayerCache | None
@@ -89,9 +93,11 @@ class Attention(nnx.Module):
             v_BTGK,
             mask=self.mask,
             segments_BT=context.segments_BT,
+            bias=Alibi(jnp.asarray(alibi_slopes(self.config.n_heads)))
+            if self.config.positions == "alibi"
+            else context.bias,
             softcap=self.config.attention_softcap,
             scale=self.config.attention_scale,
-            bias=context.bias,
             q_offset_B=context.lengths_B,
             implementation=self.config.attention_implementation,
         )
@@ -108,7 +114,7 @@ class Attention(nnx.Module):
             q_BTHK = q_BTHK + use(self.q_bias, self.dtype)
             k_BTGK = k_BTGK + use(self.k_bias, self.dtype)
             v_BTGK = v_BTGK + use(self.v_bias, self.dtype)
-        if self.config.qk_norm:
+        if self.config.qk_norm != "none":
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         angles = context.local_rope if self.kind.local else context.rope
         if angles is not None:

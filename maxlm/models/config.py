@@ -131,6 +131,7 @@ class ModelConfig(Section):
 
     norm: Literal["rms", "layer"] = key("rms", "RMSNorm (arXiv:1910.07467) or LayerNorm with bias (arXiv:1607.06450)")
     norm_eps: float = key(1e-5, "added to the variance inside the norms", gt=0)
+    norm_unit_offset: bool = key(False, "norms multiply by 1 + scale, and scales start at 0 (Gemma)")
     norm_placement: Literal["pre", "post", "sandwich", "branch"] = key(
         "pre",
         "where norms stand beside a block f: pre: x + f(norm(x)); post: norm(x + f(x)), the original Transformer's; "
@@ -140,10 +141,11 @@ class ModelConfig(Section):
     embedding_scale: bool = key(False, "token vectors are multiplied by sqrt(d_model) (arXiv:1706.03762, section 3.4)")
     embedding_norm: bool = key(False, "a norm of the embeddings' sum, before the first layer (BLOOM, BERT)")
     token_types: int = key(0, "vectors for the parts of a row, added to the embedding (BERT's segments)", ge=0)
-    positions: Literal["rope", "learned", "sinusoidal", "relative"] = key(
+    positions: Literal["rope", "learned", "alibi", "sinusoidal", "relative"] = key(
         "rope",
-        "rotary (arXiv:2104.09864), learned absolute positions, sines and cosines of absolute positions "
-        "(arXiv:1706.03762, section 3.5), or numbers learned for distances and added to scores (T5, arXiv:1910.10683)",
+        "rotary (arXiv:2104.09864), learned absolute positions, scores lowered in proportion to distance, more or less "
+        "in each head (ALiBi, arXiv:2108.12409), sines and cosines of absolute positions (arXiv:1706.03762, section "
+        "3.5), or numbers learned for distances and added to scores (T5, arXiv:1910.10683)",
     )
     relative_buckets: int = key(32, "relative positions: how many ranges of distances there are", ge=4)
     relative_max_distance: int = key(
@@ -160,7 +162,11 @@ class ModelConfig(Section):
     attention_bias: bool = key(False, "biases on the query, key and value projections")
     attention_out_bias: bool = key(False, "a bias on attention's output projection")
     attention_scale: float | None = key(None, "scores are queries by keys times this; null: 1 / sqrt(head_dim)", gt=0)
-    qk_norm: bool = key(False, "RMSNorm over each head of queries and keys, before RoPE (arXiv:2302.05442)")
+    qk_norm: Literal["none", "head", "all"] = key(
+        "none",
+        "RMSNorm of queries and keys before RoPE: head: over each head (arXiv:2302.05442); all: over all heads of a "
+        "token together (OLMo 2)",
+    )
     attention_window: int | None = key(
         None,
         "a token attends to itself and the tokens before it, so many in all (Mistral, arXiv:2310.06825); null: to all",
@@ -238,6 +244,8 @@ class ModelConfig(Section):
             for name in ("attention_window", "parallel_residual"):
                 if getattr(self, name):
                     raise ValueError(f"{name} does not go with kind = 'encoder_decoder'; leave it out")
+        if self.kind != "decoder" and self.positions == "alibi":
+            raise ValueError(f"positions = 'alibi' goes with kind = 'decoder' alone, and it is {self.kind!r}")
         return self
 
     @model_validator(mode="after")

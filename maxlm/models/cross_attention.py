@@ -31,7 +31,7 @@ class CrossAttention(Attention):
         if self.config.attention_bias:
             k_BSGK = k_BSGK + use(self.k_bias, self.dtype)
             v_BSGK = v_BSGK + use(self.v_bias, self.dtype)
-        return LayerCache(self.k_norm(k_BSGK) if self.config.qk_norm else k_BSGK, v_BSGK)
+        return LayerCache(k_BSGK if self.config.qk_norm == "none" else self.k_norm(k_BSGK), v_BSGK)
 
     def attend(self, x_BTD: jax.Array, context: Context, cached: LayerCache | None) -> jax.Array:
         """The addition to the residual stream. `cached` are the keys and values where they were made before.
@@ -39,11 +39,15 @@ class CrossAttention(Attention):
         A token attends to the encoder's tokens of its own segment; one of a cached row, to all that are no padding.
         """
         decoding = cached is not None
-        k_BSGK, v_BSGK = cached or self.keys_and_values(context.encoded_BSD)
+        if cached is None:
+            if context.encoded_BSD is None:
+                raise ValueError("a decoder that attends to an encoder was called without the encoder's result")
+            cached = self.keys_and_values(context.encoded_BSD)
+        k_BSGK, v_BSGK = cached
         q_BTHK = project(constrain(x_BTD, "batch", "length", "embed"), self.q, self.dtype)
         if self.config.attention_bias:
             q_BTHK = q_BTHK + use(self.q_bias, self.dtype)
-        q_BTHK = checkpoint_name(self.q_norm(q_BTHK) if self.config.qk_norm else q_BTHK, "q")
+        q_BTHK = checkpoint_name(q_BTHK if self.config.qk_norm == "none" else self.q_norm(q_BTHK), "q")
         segments_BT, kv_segments_BS = context.segments_BT, context.encoded_segments_BS
         if decoding:
             segments_BT, kv_segments_BS = jnp.ones_like(x_BTD[..., 0], jnp.int32), (kv_segments_BS != 0).astype("int32")

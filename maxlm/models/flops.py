@@ -19,7 +19,8 @@ class ParameterCount:
 
     total: int
     embedding: int
-    """token and position vectors, and all of a head that is not tied (Kaplan et al., arXiv:2001.08361, leave these out of N)"""
+    """vectors of tokens and positions, and what a head has of its own (Kaplan et al., arXiv:2001.08361, leave these out
+    of N)"""
 
     @property
     def active(self) -> int:

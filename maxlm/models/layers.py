@@ -140,9 +140,9 @@ def _weight_gradient(x: jax.Array, dy: jax.Array, gathered: PartitionSpec, store
 class Norm(nnx.Module):
     """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last axis, in float32."""
 
-    def __init__(self, width: int, kind: str, eps: float, init: Initializer):
-        self.eps, self.centred = eps, kind == "layer"
-        self.scale = init.full((width,), ("norm",), 1.0)
+    def __init__(self, width: int, kind: str, eps: float, init: Initializer, *, unit_offset: bool = False):
+        self.eps, self.centred, self.unit_offset = eps, kind == "layer", unit_offset
+        self.scale = init.full((width,), ("norm",), 0.0 if unit_offset else 1.0)
         if self.centred:
             self.bias = init.full((width,), ("norm",), 0.0)
 
@@ -152,12 +152,29 @@ class Norm(nnx.Module):
         if self.centred:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        y = y * use(self.scale, jnp.float32)
+        scale = use(self.scale, jnp.float32)
+        y = y * (1 + scale if self.unit_offset else scale)
         if self.centred:
             y = y + use(self.bias, jnp.float32)
         return y.astype(x.dtype)
 
 
+class HeadsNorm(nnx.Module):
+    """RMSNorm over all heads of queries or keys together, the last two axes, in float32."""
+
+    def __init__(self, heads: int, logical: str, config: ModelConfig, init: Initializer):
+        self.eps, self.unit_offset = config.norm_eps, config.norm_unit_offset
+        start = 0.0 if self.unit_offset else 1.0
+        self.scale = init.full((heads, config.head_width), (logical, "head_dim"), start)
+
+    def __call__(self, x_BTHK: jax.Array) -> jax.Array:
+        """The same shape and dtype as `x_BTHK`, whose heads may be shared out."""
+        y = x_BTHK.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=(-2, -1), keepdims=True) + self.eps)
+        scale = use(self.scale, jnp.float32)
+        return (y * (1 + scale if self.unit_offset else scale)).astype(x_BTHK.dtype)
+
+
 def model_norm(config: ModelConfig, init: Initializer) -> Norm:
     """The norm that the config chooses, over the residual stream."""
-    return Norm(config.d_model, config.norm, config.norm_eps, init)
+    return Norm(config.d_model, config.norm, config.norm_eps, init, unit_offset=config.norm_unit_offset)

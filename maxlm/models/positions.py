@@ -1,5 +1,5 @@
 """Rotary position embeddings (RoPE, arXiv:2104.09864), in the half-split layout of the public Llama weights; sinusoidal
-ones."""
+ones; and the slopes of ALiBi (arXiv:2108.12409)."""
 
 from __future__ import annotations
 
@@ -109,3 +109,16 @@ def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
     frequencies = (10_000.0 ** -(np.arange(0, width, 2) / width)).astype(np.float32)
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def alibi_slopes(n_heads: int) -> np.ndarray:
+    """By how much each head lowers a score for every position between query and key, `[n_heads]` float32 (ALiBi,
+    arXiv:2108.12409, section 3).
+
+    Powers of 2^(-8 / n) for n heads, a power of two; for other numbers those of the next lower power of two, and then
+    every second of those of the next higher, as in the paper's code.
+    """
+    lower = 2 ** (n_heads.bit_length() - 1)
+    exponents = [8 * i / lower for i in range(1, lower + 1)]
+    exponents += [8 * i / (2 * lower) for i in range(1, 2 * (n_heads - lower), 2)]
+    return np.exp2(-np.array(exponents)).astype(np.float32)

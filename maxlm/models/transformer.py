@@ -91,6 +91,9 @@ class Transformer(nnx.Module):
     """A decoder, an encoder, or both. It ends at the last norm; `head_input`, `head_weight` and the loss kernels make
     logits of that, a chunk at a time."""
 
+    encoder: nnx.Dict
+    decoder: nnx.Dict
+
     def __init__(self, config: ModelConfig, precision: PrecisionConfig, key: jax.Array):
         self.config, self.dtype = config, jnp.dtype(precision.compute)
         init = Initializer(key, jnp.dtype(precision.parameters))

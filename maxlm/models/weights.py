@@ -131,9 +131,12 @@ def _attention(c: ModelConfig, d: int, h: int, g: int, k: int) -> Iterator[Weigh
             yield Weight("attention", (g, k), ("kv_heads", "head_dim"), product=False)
     if c.attention_out_bias:
         yield Weight("norm", (d,), ("norm",), product=False)
-    if c.qk_norm:
+    if c.qk_norm == "head":
         for _ in ("q", "k"):
             yield Weight("norm", (k,), ("norm",), product=False)
+    if c.qk_norm == "all":
+        yield Weight("norm", (h, k), ("heads", "head_dim"), product=False)
+        yield Weight("norm", (g, k), ("kv_heads", "head_dim"), product=False)
 
 
 def _mlp(c: ModelConfig, d: int) -> Iterator[Weight]:

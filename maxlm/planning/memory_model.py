@@ -32,7 +32,7 @@ LANES = 128
 
 # Arrays of [tokens, d_ff] that the activation leaves for the backward pass where everything is kept, besides its
 # inputs: outputs of its elementwise steps, and its result (jax.ad_checkpoint's list of saved residuals).
-ACTIVATION_ARRAYS = {"swiglu": 4, "geglu": 6, "gelu": 5, "gelu_exact": 3, "silu": 3, "relu": 1, "relu2": 2.5}
+ACTIVATION_ARRAYS = {"swiglu": 4, "geglu": 6, "gelu": 5, "gelu_exact": 3, "silu": 3, "relu": 1.5, "relu2": 2.5}
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,9 @@ def _everything(model: ModelConfig, shapes: Shapes, named: Mapping[str, float], 
     """Policy none: each norm leaves float32 arrays of the width of the residual stream, and the normed input is kept as
     the matmuls take it; attention's output is kept in two layouts."""
     residual32 = shapes.residual_tokens * model.d_model * 4
-    norms = 2 * (3 if model.norm == "layer" else 2) * residual32
+    norms = 2 * (model.norms_before + model.norms_after) * (3 if model.norm == "layer" else 2) * residual32
     normed = 2 * shapes.tokens * model.d_model * width
-    if model.qk_norm:
+    if model.qk_norm != "none":
         norms += (named["q"] + named["k"]) * (1 + 2 * 4 / width)
     attention = lane_padding(model) * (named["q"] + named["k"] + named["v"]) + named["flash_out"] + named["q"]
     between = named["attention_out"] if model.norm == "rms" else 0

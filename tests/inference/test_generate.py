@@ -15,6 +15,7 @@ from maxlm.inference.sampling import Sampling
 from maxlm.kernels.cross_entropy import logits
 from maxlm.parallel.axes import constrain
 from tests import tiny
+from tests.interop import ours_dense
 
 GREEDY = Sampling(temperature=0.0)
 BRICKS = {
@@ -22,7 +23,7 @@ BRICKS = {
     "gpt2": tiny.GPT2,
     "gpt_neox": tiny.GPT_NEOX,
     "qk-norm, biases, soft-caps, wide heads": {
-        **tiny.LLAMA, "qk_norm": True, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True,
+        **tiny.LLAMA, "qk_norm": "head", "attention_bias": True, "attention_out_bias": True, "mlp_bias": True,
         "attention_softcap": 5.0, "logit_softcap": 4.0, "head_dim": 32
     },
     "multi-query, geglu, tied": {**tiny.LLAMA, "n_kv_heads": 1, "mlp": "geglu", "tied_embeddings": True},
@@ -30,6 +31,7 @@ BRICKS = {
         **tiny.LLAMA, "attention_window": 6, "rope_fraction": 0.5,
         "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16}
     },
+    **{name: ours_dense.MODELS[name] for name in ("gemma2", "gemma3", "olmo2", "phi3", "opt", "bloom")},
 }  # fmt: skip
 MESHES = {
     "one device": ({}, 1),

@@ -15,6 +15,7 @@ from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 from maxlm.models.transformer import Model
 from maxlm.parallel.mesh import MeshConfig, make_mesh
 from tests import tiny
+from tests.interop import ours_dense
 
 # Scalings of RoPE that bear on rows as short as those of the tests.
 LLAMA31 = {
@@ -32,9 +33,9 @@ MODELS = {
     "qwen2, every second layer slides": {
         **tiny.LLAMA, "attention_bias": True, "attention_window": 6, "attention_pattern": ["global", "local"]
     },
-    "qwen3": {**tiny.LLAMA, "qk_norm": True, "head_dim": 24, "n_kv_heads": 1, "tied_embeddings": True},
+    "qwen3": {**tiny.LLAMA, "qk_norm": "head", "head_dim": 24, "n_kv_heads": 1, "tied_embeddings": True},
     "qwen3, biases, all layers slide": {
-        **tiny.LLAMA, "qk_norm": True, "attention_bias": True, "attention_out_bias": True, "attention_window": 6
+        **tiny.LLAMA, "qk_norm": "head", "attention_bias": True, "attention_out_bias": True, "attention_window": 6
     },
     "gpt_neox": tiny.GPT_NEOX,
     "gpt_neox, sequential, no biases of attention, tied": {
@@ -42,6 +43,7 @@ MODELS = {
         "tied_embeddings": True, "rope_fraction": 1.0, "rope_scaling": YARN
     },
     "gpt2": tiny.GPT2,
+    **ours_dense.MODELS,
 }  # fmt: skip
 
 

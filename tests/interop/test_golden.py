@@ -20,8 +20,9 @@ def our_logits(run, ids):
     module = run.model.bind(run.params)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
     x_BTD = module(jnp.asarray(ids, jnp.int32), positions, None)
-    vocab = run.model.config.vocab_size
-    return np.asarray(logits(x_BTD, module.head_weight(), vocab_size=vocab, softcap=None))[:, :, :vocab]
+    config = run.model.config
+    scores = logits(x_BTD, module.head_weight(), vocab_size=config.vocab_size, softcap=config.logit_softcap)
+    return np.asarray(scores)[:, :, : config.vocab_size]
 
 
 @pytest.mark.parametrize("case", CASES)

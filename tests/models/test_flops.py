@@ -16,16 +16,19 @@ from maxlm.models.flops import (
     training_flops_per_token,
 )
 from tests import tiny
+from tests.interop import ours_dense
 
 VARIANTS = {
     "llama": tiny.LLAMA,
     "gpt2": tiny.GPT2,
     "gpt_neox": tiny.GPT_NEOX,
     "gpt2 untied": {**tiny.GPT2, "tied_embeddings": False},
-    "llama with biases and qk-norm": {**tiny.LLAMA, "attention_bias": True, "mlp_bias": True, "qk_norm": True},
+    "llama with biases and qk-norm": {**tiny.LLAMA, "attention_bias": True, "mlp_bias": True, "qk_norm": "head"},
     "norms before and after": {**tiny.LLAMA, "norm_placement": "sandwich"},
     "norms of sums": {**tiny.GPT2, "norm_placement": "post"},
     "wide heads, squared relu": {**tiny.LLAMA, "head_dim": 32, "n_kv_heads": 1, "mlp": "relu2"},
+    "gemma2": ours_dense.GEMMA2,
+    "opt, heads normed together, embeddings normed": {**ours_dense.OPT, "qk_norm": "all", "embedding_norm": True},
 }
 
 
@@ -65,6 +68,15 @@ def test_counts_are_those_published(published, sizes):
         ("qwen2.5-7b", 7.61e9, 6.53e9),  # model card, both
         ("qwen3-8b", 8.19e9, 6.95e9),  # model card, both
         ("pythia-6.9b", 6_857_302_016, 6_444_163_072),  # its repository's table of sizes
+        ("gemma2-9b", 9_242_164_736, 8_324_201_984),  # arXiv:2408.00118, table 2
+        ("gemma2-27b", 27_227_718_144, 26_047_480_320),  # there
+        ("gemma3-4b", 3.884e9, 3.209e9),  # arXiv:2503.19786, table 1, without the vision encoder
+        ("gemma3-27b", 27.016e9, 25.600e9),  # there
+        ("olmo2-7b", 7.30e9, 6.48e9),  # its released files; without two matrices of 100,352 x 4096
+        ("phi3-mini", 3.82e9, 3.62e9),  # arXiv:2404.14219, abstract: 3.8B, its files 3.82B; two of 32,064 x 3072
+        ("opt-6.7b", 6_658_473_984, 6.444e9),  # its released files; without tables of 50,272 and 2050 rows
+        ("bloom-176b", 176.247e9, 172.65e9),  # arXiv:2211.05100, table 3; without 250,880 x 14,336
+        ("gpt3-175b", 174.6e9, 173.96e9),  # arXiv:2005.14165, table D.1; without tables of 50,257 and 2048 rows
     ],
 )
 def test_presets_of_public_models_have_their_published_sizes(preset, total, non_embedding):
@@ -81,6 +93,15 @@ def test_presets_of_public_models_have_their_published_sizes(preset, total, non_
         ("qwen2.5-7b", "qwen2"),
         ("qwen3-8b", "qwen3"),
         ("pythia-6.9b", "gpt_neox"),
+        ("gemma2-9b", "gemma2"),
+        ("gemma2-27b", "gemma2"),
+        ("gemma3-4b", "gemma3_text"),
+        ("gemma3-27b", "gemma3_text"),
+        ("olmo2-7b", "olmo2"),
+        ("phi3-mini", "mistral"),
+        ("opt-6.7b", "opt"),
+        ("bloom-176b", "bloom"),
+        ("gpt3-175b", "gpt2"),
     ],
 )
 def test_presets_of_public_models_are_of_their_families(preset, family):
@@ -88,7 +109,8 @@ def test_presets_of_public_models_are_of_their_families(preset, family):
     assert family_for(config).model_type == family
     theirs = family_for(config).to_hf_config(config, dtype="bfloat16", special_ids={})
     again = family_for(config).from_hf_config(theirs, "config.json")
-    filled_in = {"n_kv_heads": config.kv_heads, "head_dim": config.head_width, "remat": config.remat}
+    filled_in = {"n_kv_heads": config.kv_heads, "head_dim": config.head_width}
+    filled_in |= {name: getattr(config, name) for name in ("remat", "residual_init_scaling")}
     assert again.model_copy(update=filled_in) == config.model_copy(update=filled_in)
 
 

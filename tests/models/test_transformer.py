@@ -7,13 +7,14 @@ import pytest
 
 from maxlm.models.losses import next_token_loss, token_negative_log_likelihoods
 from tests import tiny
+from tests.interop import ours_dense
 
 BRICKS = {
     "llama": tiny.LLAMA,
     "gpt2": tiny.GPT2,
     "gpt_neox": tiny.GPT_NEOX,
     "multi-query, soft-caps, qk-norm": {
-        **tiny.LLAMA, "n_kv_heads": 1, "attention_softcap": 20.0, "logit_softcap": 15.0, "qk_norm": True
+        **tiny.LLAMA, "n_kv_heads": 1, "attention_softcap": 20.0, "logit_softcap": 15.0, "qk_norm": "head"
     },
     "wide heads, geglu, biases": {
         **tiny.LLAMA, "head_dim": 32, "mlp": "geglu", "attention_bias": True, "mlp_bias": True
@@ -30,6 +31,10 @@ BRICKS = {
         **tiny.LLAMA, "n_layers": 5, "attention_window": 6, "attention_pattern": ["local", "global"],
         "local_rope_theta": 100.0
     },
+    "gemma3": ours_dense.GEMMA3,
+    "queries and keys normed over all heads": {**ours_dense.OLMO2, "embedding_norm": True, "norm_unit_offset": True},
+    "opt": ours_dense.OPT,
+    "bloom": {**ours_dense.BLOOM, "tied_embeddings": False},
 }  # fmt: skip
 MESHES = {"fsdp 8": {"fsdp": 8}, "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2}}
 

@@ -23,6 +23,7 @@ from maxlm.planning.memory_model import predicted_memory, state_bytes
 from maxlm.planning.roofline import Roofline, roofline
 from maxlm.planning.topology import parse_topology
 from tests import tiny
+from tests.interop import ours_dense
 
 COMPILED = json.loads((Path(__file__).parent / "compiled_memory.json").read_text())
 MESHES = {
@@ -40,12 +41,15 @@ MODELS = {
     "gpt2": tiny.GPT2,
     "gpt_neox": tiny.GPT_NEOX,
     "everything on": tiny.LLAMA
-    | {"n_kv_heads": 4, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True, "qk_norm": True}
+    | {"n_kv_heads": 4, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True, "qk_norm": "head"}
     | {"norm": "layer", "mlp": "geglu", "head_dim": 32},
     "plain mlp, tied, window": tiny.LLAMA
     | {"n_kv_heads": 4, "mlp": "relu2", "tied_embeddings": True, "attention_window": 7},
     "layers of two kinds": tiny.LLAMA
     | {"n_kv_heads": 4, "n_layers": 5, "attention_window": 7, "attention_pattern": ("local", "global")},
+    "gemma3": ours_dense.GEMMA3 | {"n_kv_heads": 4},
+    "bloom": ours_dense.BLOOM | {"n_heads": 4, "n_kv_heads": 4},
+    "opt, heads normed together, embeddings normed": ours_dense.OPT | {"qk_norm": "all", "embedding_norm": True},
 }
 
 

@@ -149,7 +149,7 @@ _POSITION_IDS = r"\w+\.embeddings\.position_ids"
 
 def _spell_bert(name: str) -> str:
     """The oldest files have TensorFlow's names of what a norm is made of."""
-    return re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{dict(gamma='weight', beta='bias')[m[1]]}", name)
+    return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name))
 
 
 def _bert(architecture: str, *, next_sentence: bool) -> Family:
@@ -241,9 +241,7 @@ DISTILBERT = Family(
     bricks={**_BRICKS, "norm_eps": 1e-12},
     constants={"activation": "gelu", "dropout": 0.0, "attention_dropout": 0.0, "tie_word_embeddings": True},
     # Sinusoids are what the table of positions starts from, and it is in the files.
-    harmless=frozenset(
-        {"dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout", "sinusoidal_pos_embds", "tie_weights_"}
-    ),
+    harmless=frozenset({"dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout", "sinusoidal_pos_embds"}),
     buffers=_POSITION_IDS,
     misfits=plain_heads,
     derived=frozenset({"n_kv_heads", "head_dim"}),

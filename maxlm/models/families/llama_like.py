@@ -1,4 +1,4 @@
-"""What Llama and the families after it have in common: config keys, bricks, and one table of weights.
+"""What Llama and the families after it have in common: config keys, bricks, and a table of weights in its parts.
 
 Their files hold RoPE in the half-split layout, as our rotation has it, so projections need no permutation.
 """
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
+from maxlm.models.config import ModelConfig
 from maxlm.models.families.rope import read_rope, rope_misfits, write_rope
 from maxlm.models.families.table import Family, Weight, untied
 
@@ -51,31 +52,45 @@ HARMLESS = frozenset({"attention_dropout"})
 BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 PREFIX, EMBEDDING = "model.", "model.embed_tokens.weight"
 
-_LAYER, _OURS = "model.layers.{layer}.", "decoder.*."
+LAYER, OURS = "model.layers.{layer}.", "decoder.*."
 
-WEIGHTS = (
+
+def _has_head_norms(config: ModelConfig) -> bool:
+    return config.qk_norm == "head"
+
+
+ENDS = (
     Weight(("embedding.tokens",), EMBEDDING, "vd -> vd"),
-    Weight((f"{_OURS}attention_norm.scale",), f"{_LAYER}input_layernorm.weight", "d -> d"),
-    Weight((f"{_OURS}attention.q",), f"{_LAYER}self_attn.q_proj.weight", "dhk -> (hk)d"),
-    Weight((f"{_OURS}attention.k",), f"{_LAYER}self_attn.k_proj.weight", "dgk -> (gk)d"),
-    Weight((f"{_OURS}attention.v",), f"{_LAYER}self_attn.v_proj.weight", "dgk -> (gk)d"),
-    Weight((f"{_OURS}attention.o",), f"{_LAYER}self_attn.o_proj.weight", "hkd -> d(hk)"),
-    Weight((f"{_OURS}attention.q_bias",), f"{_LAYER}self_attn.q_proj.bias", "hk -> (hk)", attrgetter("attention_bias")),
-    Weight((f"{_OURS}attention.k_bias",), f"{_LAYER}self_attn.k_proj.bias", "gk -> (gk)", attrgetter("attention_bias")),
-    Weight((f"{_OURS}attention.v_bias",), f"{_LAYER}self_attn.v_proj.bias", "gk -> (gk)", attrgetter("attention_bias")),
-    Weight((f"{_OURS}attention.o_bias",), f"{_LAYER}self_attn.o_proj.bias", "d -> d", attrgetter("attention_out_bias")),
-    Weight((f"{_OURS}attention.q_norm.scale",), f"{_LAYER}self_attn.q_norm.weight", "k -> k", attrgetter("qk_norm")),
-    Weight((f"{_OURS}attention.k_norm.scale",), f"{_LAYER}self_attn.k_norm.weight", "k -> k", attrgetter("qk_norm")),
-    Weight((f"{_OURS}mlp_norm.scale",), f"{_LAYER}post_attention_layernorm.weight", "d -> d"),
-    Weight((f"{_OURS}mlp.gate",), f"{_LAYER}mlp.gate_proj.weight", "df -> fd"),
-    Weight((f"{_OURS}mlp.up",), f"{_LAYER}mlp.up_proj.weight", "df -> fd"),
-    Weight((f"{_OURS}mlp.down",), f"{_LAYER}mlp.down_proj.weight", "fd -> df"),
-    Weight((f"{_OURS}mlp.gate_bias",), f"{_LAYER}mlp.gate_proj.bias", "f -> f", attrgetter("mlp_bias")),
-    Weight((f"{_OURS}mlp.up_bias",), f"{_LAYER}mlp.up_proj.bias", "f -> f", attrgetter("mlp_bias")),
-    Weight((f"{_OURS}mlp.down_bias",), f"{_LAYER}mlp.down_proj.bias", "d -> d", attrgetter("mlp_bias")),
     Weight(("final_norm.scale",), "model.norm.weight", "d -> d"),
     Weight(("head.kernel",), "lm_head.weight", "vd -> vd", untied),
 )
+NORMS_BEFORE = (
+    Weight((f"{OURS}attention_norm.scale",), f"{LAYER}input_layernorm.weight", "d -> d"),
+    Weight((f"{OURS}mlp_norm.scale",), f"{LAYER}post_attention_layernorm.weight", "d -> d"),
+)
+ATTENTION = (
+    Weight((f"{OURS}attention.q",), f"{LAYER}self_attn.q_proj.weight", "dhk -> (hk)d"),
+    Weight((f"{OURS}attention.k",), f"{LAYER}self_attn.k_proj.weight", "dgk -> (gk)d"),
+    Weight((f"{OURS}attention.v",), f"{LAYER}self_attn.v_proj.weight", "dgk -> (gk)d"),
+    Weight((f"{OURS}attention.o",), f"{LAYER}self_attn.o_proj.weight", "hkd -> d(hk)"),
+    Weight((f"{OURS}attention.q_bias",), f"{LAYER}self_attn.q_proj.bias", "hk -> (hk)", attrgetter("attention_bias")),
+    Weight((f"{OURS}attention.k_bias",), f"{LAYER}self_attn.k_proj.bias", "gk -> (gk)", attrgetter("attention_bias")),
+    Weight((f"{OURS}attention.v_bias",), f"{LAYER}self_attn.v_proj.bias", "gk -> (gk)", attrgetter("attention_bias")),
+    Weight((f"{OURS}attention.o_bias",), f"{LAYER}self_attn.o_proj.bias", "d -> d", attrgetter("attention_out_bias")),
+)
+HEAD_NORMS = (
+    Weight((f"{OURS}attention.q_norm.scale",), f"{LAYER}self_attn.q_norm.weight", "k -> k", _has_head_norms),
+    Weight((f"{OURS}attention.k_norm.scale",), f"{LAYER}self_attn.k_norm.weight", "k -> k", _has_head_norms),
+)
+MLP = (
+    Weight((f"{OURS}mlp.gate",), f"{LAYER}mlp.gate_proj.weight", "df -> fd"),
+    Weight((f"{OURS}mlp.up",), f"{LAYER}mlp.up_proj.weight", "df -> fd"),
+    Weight((f"{OURS}mlp.down",), f"{LAYER}mlp.down_proj.weight", "fd -> df"),
+    Weight((f"{OURS}mlp.gate_bias",), f"{LAYER}mlp.gate_proj.bias", "f -> f", attrgetter("mlp_bias")),
+    Weight((f"{OURS}mlp.up_bias",), f"{LAYER}mlp.up_proj.bias", "f -> f", attrgetter("mlp_bias")),
+    Weight((f"{OURS}mlp.down_bias",), f"{LAYER}mlp.down_proj.bias", "d -> d", attrgetter("mlp_bias")),
+)
+WEIGHTS = (*ENDS, *NORMS_BEFORE, *ATTENTION, *HEAD_NORMS, *MLP)
 
 
 def family(
@@ -95,6 +110,7 @@ def family(
         "read_config": read_config,
         "write_config": write_rope,
         "misfits": rope_misfits,
+        "weights": WEIGHTS,
     }
     return Family(
         model_type=model_type,
@@ -103,6 +119,5 @@ def family(
         defaults={**DEFAULTS, **defaults},
         prefix=PREFIX,
         embedding=EMBEDDING,
-        weights=WEIGHTS,
         **{**common, **others},
     )

@@ -65,7 +65,7 @@ QWEN3 = llama_like.family(
         "attention_bias": "attention_bias",
     },
     defaults={**_DEFAULTS, "head_dim": 128, "attention_bias": False},
-    bricks={"qk_norm": True},
+    bricks={"qk_norm": "head"},
     mixed=True,
     linked={"attention_out_bias": "attention_bias"},
     read_config=_read_config,

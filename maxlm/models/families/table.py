@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,9 +69,10 @@ class Weight:
 
     `layout` says both ways at once: `dhk -> (hk)d` is our `[d, h, k]` as their matrix of `h * k` rows and `d` columns,
     in letters d embed (e where there are two), h heads, g key-value heads, k head width, f mlp, v vocabulary, p
-    positions, t token types, r ranges of distances, c classes; an axis of one that is theirs alone is `n`. Where several of
-    ours are one of theirs, `n` tells them apart in it: `d(nhk)` has all heads of the first before all of the second,
-    `(hnk)d` one head of each in turn.
+    positions, t token types, r ranges of distances, c classes; `n` is an axis of one that is theirs alone. Where
+    several of ours are one of theirs, `n` tells them apart in it: `d(nhk)` has all heads of the first before all of the
+    second, `(hnk)d` one head of each in turn. Where they differ in shape, each has a layout of its own,
+    `hk -> (hk), gk -> (gk)`, and in theirs they lie one behind another along the first axis.
 
     Weights of layers have `{layer}` in `theirs`, the layer's number, and `*` in `ours`, the name of the stack in whose
     arrays it is, behind `encoder` or `decoder`.
@@ -89,6 +90,16 @@ class Weight:
         """Whether ours are stacked over layers and theirs are a tensor a layer."""
         return "{layer}" in self.theirs
 
+    @property
+    def parts(self) -> tuple[Weight, ...]:
+        """A line for each of ours, where each has a layout of its own; else none."""
+        layouts = self.layout.split(", ")
+        if len(layouts) == 1:
+            return ()
+        return tuple(
+            replace(self, ours=(path,), layout=layout) for path, layout in zip(self.ours, layouts, strict=True)
+        )
+
     def tensors(self, config: ModelConfig) -> Iterator[Tensor]:
         """Their tensors, layer by layer."""
         if not self.when(config):
@@ -104,6 +115,9 @@ class Weight:
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """The shape of their tensor."""
+        if self.parts:
+            shapes = [part.shape(config) for part in self.parts]
+            return (sum(shape[0] for shape in shapes), *shapes[0][1:])
         _, groups = self._axes()
         sizes = self._sizes(config)
         return tuple(math.prod(sizes[letter] for letter in group) for group in groups)
@@ -116,6 +130,9 @@ class Weight:
 
     def export(self, arrays: list[np.ndarray], config: ModelConfig) -> np.ndarray:
         """Their tensor from ours, of one layer; the vocabulary's padding is cut off."""
+        if self.parts:
+            pieces = [part.export([array], config) for part, array in zip(self.parts, arrays, strict=True)]
+            return np.concatenate(pieces)
         letters, groups = self._axes()
         array = arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
         if "v" in letters:
@@ -125,6 +142,10 @@ class Weight:
 
     def read(self, tensor: np.ndarray, config: ModelConfig) -> list[np.ndarray]:
         """Ours, of one layer, from their tensor; rows of the padded vocabulary are zeros."""
+        if self.parts:
+            ends = np.cumsum([part.shape(config)[0] for part in self.parts])
+            pieces = np.split(tensor, ends[:-1])
+            return [part.read(piece, config)[0] for part, piece in zip(self.parts, pieces, strict=True)]
         letters, groups = self._axes()
         sizes, flat = self._sizes(config), [letter for group in groups for letter in group]
         arrays = tensor.reshape([sizes[letter] for letter in flat]).transpose([flat.index(x) for x in letters])
