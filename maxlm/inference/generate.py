@@ -1,4 +1,4 @@
-"""Continuing prompts, in batches, with a key-value cache; of an encoder-decoder, its decoder's text for what its encoder
+"""Continuing prompts, in batches, with a key-value cache; an encoder-decoder's decoder continues what its encoder
 reads."""
 
 from __future__ import annotations

@@ -32,9 +32,9 @@ def our_outputs(run, given):
     else:
         encoded = module.encode(inputs, positions, segments)
         hidden = encoded.x_BSD
-        x_BTD = module(
-            given["decoder_inputs"], positions[:, :9], jnp.ones_like(given["decoder_inputs"]), encoded=encoded
-        )
+        # Filled up for the devices; no token sees a later one.
+        decoder_inputs = jnp.pad(given["decoder_inputs"], ((0, 0), (0, 7)))
+        x_BTD = module(decoder_inputs, positions, jnp.ones_like(inputs), encoded=encoded)[:, :9]
     found["hidden"] = np.asarray(hidden * segments[..., None])
     scores = logits(
         module.head_input(x_BTD), module.head_weight(), vocab_size=config.vocab_size, bias_V=module.head_bias()

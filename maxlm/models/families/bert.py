@@ -241,7 +241,9 @@ DISTILBERT = Family(
     bricks={**_BRICKS, "norm_eps": 1e-12},
     constants={"activation": "gelu", "dropout": 0.0, "attention_dropout": 0.0, "tie_word_embeddings": True},
     # Sinusoids are what the table of positions starts from, and it is in the files.
-    harmless=frozenset({"dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout", "sinusoidal_pos_embds"}),
+    harmless=frozenset(
+        {"dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout", "sinusoidal_pos_embds", "tie_weights_"}
+    ),
     buffers=_POSITION_IDS,
     misfits=plain_heads,
     derived=frozenset({"n_kv_heads", "head_dim"}),
