@@ -1,4 +1,5 @@
-"""Continuing prompts, in batches, with a key-value cache."""
+"""Continuing prompts, in batches, with a key-value cache; an encoder-decoder's decoder continues what its encoder
+reads."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from maxlm.errors import ConfigError, DataError
 from maxlm.inference.sampling import Sampling, sample
 from maxlm.kernels.cross_entropy import logits
 from maxlm.models.block import Caches
-from maxlm.models.transformer import Model, Params, Transformer
+from maxlm.models.transformer import EncodedCache, Model, Params, Transformer
 from maxlm.parallel.axes import activation_spec, constrain, shards_of
 
 if TYPE_CHECKING:
@@ -51,17 +52,20 @@ def generate(
 ) -> list[list[int]]:
     """Up to `max_tokens` new tokens for each prompt, without the `eos_id` that ends one early. Needs the current mesh.
 
-    The same seed gives a prompt the same tokens whatever else is in the batch, its own number in `prompts` apart.
+    An encoder-decoder's encoder reads the prompts; its decoder begins with `model.decoder_start_id`, which is not among
+    the new tokens. The same seed gives a prompt the same tokens whatever else is in the batch, its own number in
+    `prompts` apart.
     `first`, bool [prompts, vocab_size], says which tokens each prompt's first new one may be; any where not given.
-    Raises DataError for a prompt that is empty or not of the vocabulary, ConfigError where positions are learned and
-    prompt and new tokens together pass `model.max_seq_len`.
+    Raises DataError for a prompt that is empty or not of the vocabulary, ConfigError for an encoder, or where positions
+    are learned and what one side reads and writes passes `model.max_seq_len`.
     """
     _check(model, prompts, max_tokens)
     if not prompts:
         return []
     longest = max(len(prompt) for prompt in prompts)
+    before = 1 if model.config.kind == "encoder_decoder" else longest
     limit = model.config.max_seq_len if model.config.positions == "learned" else None
-    width, space = bucket(longest, limit), bucket(longest + max_tokens, limit)
+    width, space = bucket(longest, limit), bucket(before + max_tokens, limit)
     shards = shards_of("batch", jax.sharding.get_abstract_mesh())
     n_rows = -(-len(prompts) // shards) * shards
     tokens_BT = np.zeros((n_rows, width), np.int32)
@@ -96,7 +100,8 @@ def generate_run(
     """The continuations of `prompts` by a run's model at `step`, or at its newest intact checkpoint.
 
     A prompt gets the tokenizer's bos in front where it has one, as documents have in training. One that ends in spaces
-    is continued as if they belonged to the next word (see `heal`).
+    is continued as if they belonged to the next word (see `heal`). An encoder-decoder's encoder gets prompts as they
+    are, with the tokenizer's eos behind them, as its inputs have in training.
     """
     from maxlm.data.tokenizer import load_tokenizer
     from maxlm.inference.load import load_run
@@ -105,7 +110,12 @@ def generate_run(
     run = load_run(run_dir, step)
     tokenizer = load_tokenizer(run.config.tokenizer)
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    healed = [heal(tokenizer, start + tokens) for tokens in tokenizer.encode_batch(list(prompts))]
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    encoded = tokenizer.encode_batch(list(prompts))
+    healed: list[tuple[list[int], str, list[int] | None]] = [
+        (tokens + end, "", None) if run.config.model.kind == "encoder_decoder" else heal(tokenizer, start + tokens)
+        for tokens in encoded
+    ]
     first = np.ones((len(prompts), run.config.model.vocab_size), bool)
     for row, (_, _, allowed) in zip(first, healed, strict=True):
         if allowed is not None:
@@ -146,7 +156,21 @@ def bucket(length: int, limit: int | None = None) -> int:
     return size if limit is None else min(size, limit)
 
 
-def prefill(module: Transformer, model: Model, tokens_BT: jax.Array, lengths_B: jax.Array, space: int):
+def encode(module: Transformer, tokens_BS: jax.Array, lengths_B: jax.Array) -> EncodedCache:
+    """What the decoder takes of prompts that an encoder-decoder's encoder reads, filled up on the right."""
+    positions_BS = constrain(jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape), "batch", "length")
+    segments_BS = (positions_BS < lengths_B[:, None]).astype(jnp.int32)
+    return module.encoded_cache(module.encode(tokens_BS, positions_BS, segments_BS))
+
+
+def prefill(
+    module: Transformer,
+    model: Model,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    space: int,
+    encoded: EncodedCache | None = None,
+):
     """The logits `[B, V]` after each row's own last token, and caches of `space` positions with the rows in it.
 
     Rows are filled up on the right. The caches then also hold keys of the filling, but no token ever attends to them:
@@ -169,7 +193,7 @@ def prefill(module: Transformer, model: Model, tokens_BT: jax.Array, lengths_B: 
     def one_piece(carry, start):
         caches, last_B1D = carry
         piece_BT = jax.lax.dynamic_slice_in_dim(tokens_BT, start, piece, axis=1)
-        x_BTD, caches = module.decode(piece_BT, caches, jnp.zeros_like(lengths_B) + start)
+        x_BTD, caches = module.decode(piece_BT, caches, jnp.zeros_like(lengths_B) + start, encoded)
         return (caches, pick(constrain(x_BTD, "batch", "length", "embed"), last_B1D, start, lengths_B)), None
 
     last_B1D = constrain(jnp.zeros((B, 1, model.config.d_model), module.dtype), "batch", "length", "embed")
@@ -181,7 +205,13 @@ def prefill(module: Transformer, model: Model, tokens_BT: jax.Array, lengths_B: 
 def next_logits(module: Transformer, x_BTD: jax.Array) -> jax.Array:
     """The float32 logits `[B, V]` of the last position of `x_BTD`."""
     config = module.config
-    scores = logits(x_BTD[:, -1:], module.head_weight(), vocab_size=config.vocab_size, softcap=config.logit_softcap)
+    scores = logits(
+        module.head_input(x_BTD[:, -1:]),
+        module.head_weight(),
+        vocab_size=config.vocab_size,
+        bias_V=module.head_bias(),
+        softcap=config.logit_softcap,
+    )
     return scores[:, 0]
 
 
@@ -215,13 +245,18 @@ def _generate(
 
     def one_token(state: Decoding) -> Decoding:
         # A row that is done goes on in place of its last position, so that its cache never overflows.
-        x_BTD, caches = module.decode(jnp.maximum(state.token_B, 0)[:, None], state.caches, state.lengths_B)
+        x_BTD, caches = module.decode(jnp.maximum(state.token_B, 0)[:, None], state.caches, state.lengths_B, encoded)
         lengths_B = state.lengths_B + ~state.done_B
         token_B, done_B = choose(next_logits(module, x_BTD), lengths_B, state.done_B)
         chosen_BN = jax.lax.dynamic_update_slice_in_dim(state.chosen_BN, token_B[:, None], state.step, axis=1)
         return Decoding(state.step + 1, caches, lengths_B, token_B, done_B, chosen_BN)
 
-    logits_BV, caches = prefill(module, model, tokens_BT, lengths_B, space)
+    encoded = None
+    if model.config.kind == "encoder_decoder":
+        encoded = encode(module, tokens_BT, lengths_B)
+        tokens_BT = jnp.full_like(tokens_BT[:, :1], model.config.decoder_start_id)
+        lengths_B = jnp.ones_like(lengths_B)
+    logits_BV, caches = prefill(module, model, tokens_BT, lengths_B, space, encoded)
     logits_BV = jnp.where(constrain(first_BV, "batch", None), logits_BV, -jnp.inf)
     token_B, done_B = choose(logits_BV, lengths_B, done_B)
     chosen_BN = constrain(jnp.full((tokens_BT.shape[0], n_out), eos_id, jnp.int32), "batch", "length")
@@ -244,6 +279,11 @@ def _until(tokens: list[int], eos_id: int | None) -> list[int]:
 
 
 def _check(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    if model.config.kind == "encoder":
+        raise ConfigError(
+            "model.kind = 'encoder': an encoder sees all of a text at once and does not continue it; generate with a "
+            "decoder or an encoder_decoder"
+        )
     if max_tokens < 1:
         raise ConfigError(f"max_tokens = {max_tokens}: at least 1 token must be asked for")
     for i, prompt in enumerate(prompts):
@@ -255,7 +295,10 @@ def _check(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int) -> N
                 f"{model.config.vocab_size} tokens: the tokenizer is of another model"
             )
         limit = model.config.max_seq_len
-        if model.config.positions == "learned" and len(prompt) + max_tokens > limit:
+        together = len(prompt) + max_tokens
+        if model.config.kind == "encoder_decoder":
+            together = max(len(prompt), 1 + max_tokens)
+        if model.config.positions == "learned" and together > limit:
             raise ConfigError(
                 f"prompt {i} of {len(prompt)} tokens and {max_tokens} new ones pass model.max_seq_len = {limit}, and "
                 "the model has learned no positions after that; ask for fewer tokens, or shorten the prompt"

@@ -161,11 +161,12 @@ def _checked_names(files: TensorFiles, family: Family, config: ModelConfig) -> d
     tensors = family.tensors(config)
     names: dict[str, str] = {}
     for name in files.files:
-        full = name if name in tensors or name.startswith(family.prefix) else family.prefix + name
+        full = family.spell(name)
+        full = full if full in tensors or full.startswith(family.prefix) else family.prefix + full
         full = name if name == family.head else full
         if full in names:
             raise DataError(f"{files.where(name)}: {name} is {names[full]} once more, under another name")
-        if not re.fullmatch(family.buffers, full):
+        if full in tensors or not re.fullmatch(family.buffers, full):
             names[full] = name
     if family.head not in tensors and family.head in names:
         _check_tied(files, names.pop(family.head), names.get(family.embedding))

@@ -1,4 +1,4 @@
-"""Multi-head, grouped-query and multi-query causal self-attention, with or without a key-value cache."""
+"""Multi-head, grouped-query and multi-query self-attention, with or without a key-value cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels.attention import attention
-from maxlm.kernels.attention_bias import Alibi
+from maxlm.kernels.attention_bias import Alibi, Bias
 from maxlm.kernels.masks import Mask
 from maxlm.models.config import ModelConfig
 from maxlm.models.layers import HeadsNorm, Initializer, Norm, project, use
@@ -37,6 +37,11 @@ class Context(NamedTuple):
     """for local layers"""
     segments_BT: jax.Array | None
     lengths_B: jax.Array | None = None
+    bias: Bias | None = None
+    """added to the scores of self-attention"""
+    encoded_BSD: jax.Array | None = None
+    """the encoder's result, which a decoder attends to"""
+    encoded_segments_BS: jax.Array | None = None
 
     @property
     def residual(self) -> tuple[str, str, str]:
@@ -49,7 +54,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, kind: LayerKind, dtype: jnp.dtype, init: Initializer):
         self.config, self.kind, self.dtype = config, kind, dtype
-        self.mask = Mask(causal=True, window=config.attention_window if kind.local else None)
+        self.mask = Mask(causal=kind.causal, window=config.attention_window if kind.local else None)
         d, h, g, k = config.d_model, config.n_heads, config.kv_heads, config.head_width
         out_std = config.init_std / (2 * config.n_layers) ** 0.5 if config.residual_init_scaling else config.init_std
         self.q = init.normal("q", (d, h, k), ("embed", "heads", "head_dim"), config.init_std)
@@ -88,7 +93,9 @@ class Attention(nnx.Module):
             v_BTGK,
             mask=self.mask,
             segments_BT=context.segments_BT,
-            bias=Alibi(jnp.asarray(alibi_slopes(self.config.n_heads))) if self.config.positions == "alibi" else None,
+            bias=Alibi(jnp.asarray(alibi_slopes(self.config.n_heads)))
+            if self.config.positions == "alibi"
+            else context.bias,
             softcap=self.config.attention_softcap,
             scale=self.config.attention_scale,
             q_offset_B=context.lengths_B,

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.models.attention import Attention, Context, LayerCache
 from maxlm.models.config import ModelConfig, RematConfig
+from maxlm.models.cross_attention import CrossAttention
 from maxlm.models.layers import Initializer, Norm, model_norm
 from maxlm.models.mlp import MLP
 from maxlm.models.stacks import LayerKind, Segment
@@ -19,11 +20,11 @@ from maxlm.parallel.axes import mesh_axes, names_in
 
 
 class Block(nnx.Module):
-    """A layer: attention, then the feed-forward block, each added to the residual stream with norms where the config
-    places them; in parallel, both of the same x."""
+    """A layer: attention, in decoders of encoder-decoders attention to the encoder, then the feed-forward block, each
+    added to the residual stream with norms where the config places them; in parallel, both of the same x."""
 
     def __init__(self, config: ModelConfig, kind: LayerKind, dtype: jnp.dtype, init: Initializer):
-        self.config = config
+        self.config, self.kind = config, kind
         self.attention = Attention(config, kind, dtype, init.at("attention"))
         self.mlp = MLP(config, dtype, init.at("mlp"))
         if config.norms_before:
@@ -32,17 +33,27 @@ class Block(nnx.Module):
         if config.norms_after:
             self.attention_out_norm = model_norm(config, init.at("attention_out_norm"))
             self.mlp_out_norm = model_norm(config, init.at("mlp_out_norm"))
+        if kind.cross:
+            self.cross = CrossAttention(config, dtype, init.at("cross"))
+            if config.norms_before:
+                self.cross_norm = model_norm(config, init.at("cross_norm"))
+            if config.norms_after:
+                self.cross_out_norm = model_norm(config, init.at("cross_out_norm"))
 
     def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None
+        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None, encoded: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
-        """The residual stream after the layer, and the layer's cache."""
+        """The residual stream after the layer, and the layer's cache. `encoded`: cross-attention's keys and values,
+        where they were made before."""
         x_BTD = checkpoint_name(x_BTD, "layer_input")
         before, after = self.config.norms_before, self.config.norms_after
         y_BTD, cache = self.attention(self.attention_norm(x_BTD) if before else x_BTD, context, cache)
         if self.config.parallel_residual:
             return x_BTD + y_BTD + self.mlp(self.mlp_norm(x_BTD), context), cache
         x_BTD = self._add(x_BTD, y_BTD, self.attention_out_norm if after else None)
+        if self.kind.cross:
+            y_BTD = self.cross.attend(self.cross_norm(x_BTD) if before else x_BTD, context, encoded)
+            x_BTD = self._add(x_BTD, y_BTD, self.cross_out_norm if after else None)
         y_BTD = self.mlp(self.mlp_norm(x_BTD) if before else x_BTD, context)
         return self._add(x_BTD, y_BTD, self.mlp_out_norm if after else None), cache
 
@@ -64,17 +75,21 @@ def run_segment(
     context: Context,
     caches: Caches | None,
     remat: RematConfig,
+    encoded: Caches | None = None,
 ) -> tuple[jax.Array, Caches | None]:
     """Runs a segment's layers in order; of `blocks`, parameters (and caches) are stacked over the layers of a stack.
+    `encoded` are cross-attention's keys and values, where there are caches.
 
     A scan over the repeats of the pattern, so that neither the program nor its compilation grows with depth.
     """
     names = [stack.name for stack in segment]
     graphs, stacked = zip(*(nnx.split(blocks[name]) for name in names), strict=True)
-    stacked_caches = (None,) * len(names) if caches is None else tuple(caches[name] for name in names)
+    stacked_caches, stacked_encoded = (
+        (None,) * len(names) if found is None else tuple(found[name] for name in names) for found in (caches, encoded)
+    )
 
-    def layer(graph, x_BTD, params, cache):
-        return nnx.merge(graph, params)(x_BTD, context, cache)
+    def layer(graph, x_BTD, params, cache, encoded):
+        return nnx.merge(graph, params)(x_BTD, context, cache, encoded)
 
     if caches is None:
         # `prevent_cse` guards against XLA merging the recomputation with the forward pass; a scan already does.
@@ -82,12 +97,12 @@ def run_segment(
 
     def pattern(x_BTD, inputs):
         written = []
-        for graph, params, cache in zip(graphs, *inputs, strict=True):
-            x_BTD, cache = layer(graph, x_BTD, params, cache)
+        for graph, params, cache, encoded in zip(graphs, *inputs, strict=True):
+            x_BTD, cache = layer(graph, x_BTD, params, cache, encoded)
             written.append(cache)
         return x_BTD, tuple(written)
 
-    x_BTD, written = jax.lax.scan(pattern, x_BTD, (stacked, stacked_caches))
+    x_BTD, written = jax.lax.scan(pattern, x_BTD, (stacked, stacked_caches, stacked_encoded))
     return x_BTD, None if caches is None else dict(zip(names, written, strict=True))
 
 

@@ -109,10 +109,19 @@ class RopeScalingConfig(Section):
 
 
 class ModelConfig(Section):
-    """A decoder-only transformer: its sizes and its bricks."""
+    """A transformer: its sizes and its bricks."""
 
+    kind: Literal["decoder", "encoder", "encoder_decoder"] = key(
+        "decoder",
+        "decoder: a token sees those before it; encoder: all of its document (BERT); encoder_decoder: an encoder, and "
+        "a decoder whose layers also attend to the encoder's result (arXiv:1706.03762)",
+    )
     vocab_size: int = key(..., "tokens in the vocabulary (padded inside to a multiple of 128)", unit="tokens", ge=2)
-    n_layers: int = key(..., "transformer layers", ge=1)
+    n_layers: int = key(..., "transformer layers; of an encoder_decoder, those of its decoder", ge=1)
+    n_encoder_layers: int | None = key(
+        None, "layers of the encoder of an encoder_decoder; n_layers where not given", ge=1
+    )
+    decoder_start_id: int = key(0, "the token before the first of an encoder_decoder's decoder", ge=0)
     d_model: int = key(..., "width of the residual stream", ge=1)
     n_heads: int = key(..., "query heads", ge=1)
     n_kv_heads: int | None = key(None, "key and value heads; n_heads where not given, 1 is multi-query", ge=1)
@@ -131,10 +140,16 @@ class ModelConfig(Section):
     )
     embedding_scale: bool = key(False, "token vectors are multiplied by sqrt(d_model) (arXiv:1706.03762, section 3.4)")
     embedding_norm: bool = key(False, "a norm of the embeddings' sum, before the first layer (BLOOM, BERT)")
-    positions: Literal["rope", "learned", "alibi"] = key(
+    token_types: int = key(0, "vectors for the parts of a row, added to the embedding (BERT's segments)", ge=0)
+    positions: Literal["rope", "learned", "alibi", "sinusoidal", "relative"] = key(
         "rope",
-        "rotary (arXiv:2104.09864), learned absolute positions, or scores lowered in proportion to distance, more or "
-        "less in each head (ALiBi, arXiv:2108.12409)",
+        "rotary (arXiv:2104.09864), learned absolute positions, scores lowered in proportion to distance, more or less "
+        "in each head (ALiBi, arXiv:2108.12409), sines and cosines of absolute positions (arXiv:1706.03762, section "
+        "3.5), or numbers learned for distances and added to scores (T5, arXiv:1910.10683)",
+    )
+    relative_buckets: int = key(32, "relative positions: how many ranges of distances there are", ge=4)
+    relative_max_distance: int = key(
+        128, "relative positions: from this distance on all are alike", unit="tokens", ge=1
     )
     position_offset: int = key(
         0, "rows of the learned positions' table before that of the first position; OPT has 2", unit="rows", ge=0
@@ -170,9 +185,9 @@ class ModelConfig(Section):
     attention_implementation: Literal["auto", "reference", "chunked", "pallas"] = key(
         "auto", "which attention kernel runs; auto: pallas on TPUs where it takes the shapes, chunked elsewhere"
     )
-    mlp: Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu", "relu2"] = key(
+    mlp: Literal["swiglu", "geglu", "gelu", "gelu_exact", "silu", "relu", "relu2"] = key(
         "swiglu",
-        "gated by SiLU or GELU (arXiv:2002.05202), or plain with GELU (by tanh, or exact), ReLU or squared ReLU "
+        "gated by SiLU or GELU (arXiv:2002.05202), or plain with GELU (by tanh, or exact), SiLU, ReLU or squared ReLU "
         "(arXiv:2109.08668)",
     )
     mlp_bias: bool = key(False, "biases in the feed-forward block")
@@ -181,6 +196,12 @@ class ModelConfig(Section):
         "the feed-forward block reads the layer's input, as attention does, and not its result (arXiv:2204.06745)",
     )
     tied_embeddings: bool = key(False, "the output head is the token embedding")
+    head_transform: bool = key(False, "a dense layer, GELU and a LayerNorm before the output projection (BERT)")
+    head_bias: bool = key(False, "a bias on the logits")
+    next_sentence_head: bool = key(
+        False, "BERT's second head on the first token of a row: a dense layer, tanh, and two logits (arXiv:1810.04805)"
+    )
+    logit_scale: float = key(1.0, "logits are multiplied by this; T5 with a tied head has 1 / sqrt(d_model)", gt=0)
     logit_softcap: float | None = key(None, "logits are softcap * tanh(logits / softcap)", gt=0)
     init_std: float = key(0.02, "standard deviation of the initial weights", gt=0)
     residual_init_scaling: bool = key(
@@ -205,11 +226,42 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _kind_fits(self) -> ModelConfig:
+        only = {
+            "encoder_decoder": {"n_encoder_layers": None, "decoder_start_id": 0},
+            "encoder": {"token_types": 0, "next_sentence_head": False},
+        }
+        for kind, defaults in only.items():
+            for name, default in defaults.items():
+                if self.kind != kind and getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name} = {getattr(self, name)!r} is of kind = {kind!r}, and kind = {self.kind!r}; leave it "
+                        "out"
+                    )
+        if self.decoder_start_id >= self.vocab_size:
+            raise ValueError(f"decoder_start_id = {self.decoder_start_id} is not under vocab_size = {self.vocab_size}")
+        if self.kind == "encoder_decoder":
+            for name in ("attention_window", "parallel_residual"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} does not go with kind = 'encoder_decoder'; leave it out")
+        if self.kind != "decoder" and self.positions == "alibi":
+            raise ValueError(f"positions = 'alibi' goes with kind = 'decoder' alone, and it is {self.kind!r}")
+        return self
+
+    @model_validator(mode="after")
     def _positions_fit(self) -> ModelConfig:
         if self.position_offset and self.positions != "learned":
             raise ValueError(
                 f"position_offset = {self.position_offset} is of learned positions, and positions = "
                 f"{self.positions!r}; leave it out"
+            )
+        if self.positions == "sinusoidal" and self.d_model % 2:
+            raise ValueError(f"d_model = {self.d_model} is odd, and half of it are sines of positions, half cosines")
+        buckets, farthest = self.relative_buckets, self.relative_max_distance
+        if self.positions == "relative" and (buckets % 4 or farthest <= buckets // 2):
+            raise ValueError(
+                f"relative_buckets = {buckets}, relative_max_distance = {farthest}: the buckets must be a multiple of "
+                "4, and the distance more than half of them"
             )
         return self
 
@@ -250,13 +302,30 @@ class ModelConfig(Section):
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
-        """The kind of each layer."""
+        """The kind of each layer; of an encoder_decoder, those of its decoder."""
         pattern = self.attention_pattern or ("global" if self.attention_window is None else "local",)
-        return tuple(LayerKind(local=pattern[i % len(pattern)] == "local") for i in range(self.n_layers))
+        causal, cross = self.kind != "encoder", self.kind == "encoder_decoder"
+        return tuple(
+            LayerKind(local=pattern[i % len(pattern)] == "local", causal=causal, cross=cross)
+            for i in range(self.n_layers)
+        )
+
+    @property
+    def sides(self) -> dict[str, tuple[LayerKind, ...]]:
+        """The kinds of the layers of `encoder` and `decoder`, of which a model has one or both."""
+        if self.kind != "encoder_decoder":
+            return {self.kind: self.layer_kinds}
+        encoder = (LayerKind(causal=False),) * (self.n_encoder_layers or self.n_layers)
+        return {"encoder": encoder, "decoder": self.layer_kinds}
+
+    @property
+    def total_layers(self) -> int:
+        """Layers of both sides."""
+        return sum(map(len, self.sides.values()))
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The layers as they are stacked and run."""
+        """The layers as they are stacked and run; of an encoder_decoder, those of its decoder."""
         return segments(self.layer_kinds)
 
     @property
@@ -303,10 +372,13 @@ class PrecisionConfig(Section):
 
 
 class LossConfig(Section):
-    """Next-token cross-entropy."""
+    """Cross-entropy of a batch's targets."""
 
     z_loss: float = key(
         0.0, "weight of the squared log-partition in the loss (PaLM, arXiv:2204.02311, section 5)", ge=0
+    )
+    label_smoothing: float = key(
+        0.0, "part of each target that is spread over the whole vocabulary (arXiv:1706.03762, section 5.4)", ge=0, lt=1
     )
     chunk_tokens: int | None = key(
         None, "tokens whose logits exist at once on a device; chosen by memory where not given", unit="tokens", ge=1

@@ -7,6 +7,7 @@ leaves; the backward pass is twice the forward; recomputation (remat) is not mod
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from maxlm.models.config import ModelConfig
 from maxlm.models.weights import weights_of
@@ -18,7 +19,8 @@ class ParameterCount:
 
     total: int
     embedding: int
-    """token and position vectors, and an untied head (Kaplan et al., arXiv:2001.08361, leave these out of N)"""
+    """vectors of tokens and positions, and what a head has of its own (Kaplan et al., arXiv:2001.08361, leave these out
+    of N)"""
 
     @property
     def active(self) -> int:
@@ -59,40 +61,58 @@ class ForwardFlops:
         return self.attention_projections + self.attention_scores + self.mlp + self.head
 
 
-def attended_positions(config: ModelConfig, seq_len: int, *, local: bool) -> float:
-    """To how many positions one of a full causal row of `seq_len` attends on average, in a local or global layer.
+def attended_positions(config: ModelConfig, seq_len: int, *, local: bool, causal: bool = True) -> float:
+    """To how many positions one of a full row of `seq_len` attends on average, in a local or global layer.
 
-    Position t attends to t + 1, or to the window where that is less.
+    Position t attends to t + 1, or to the window where that is less; without causality to as many on the other side.
     """
     window = min(config.attention_window or seq_len, seq_len) if local else seq_len
-    return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
+    behind = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
+    return behind if causal else 2 * behind - 1
 
 
-def forward_flops(config: ModelConfig, seq_len: int) -> ForwardFlops:
-    """Matmul FLOPs of the forward pass for one token of a full causal row of `seq_len`, by part.
+class RowLengths(NamedTuple):
+    """Tokens in a row of an encoder-decoder's batch."""
 
-    Scores and values take 2 FLOPs each for every pair of positions that the mask leaves, head and channel.
+    encoder: int
+    decoder: int
+
+
+def forward_flops(config: ModelConfig, seq_len: int, lengths: RowLengths | None = None) -> ForwardFlops:
+    """Matmul FLOPs of the forward pass for one token of a full row of `seq_len`, by part.
+
+    Scores and values take 2 FLOPs each for every pair of positions that the mask leaves, head and channel. `lengths`
+    are what an encoder-decoder makes of such a row; both `seq_len` unless given.
     """
     c = config
-    pairs = sum(attended_positions(c, seq_len, local=kind.local) for kind in c.layer_kinds)
+    lengths = lengths if lengths is not None and c.kind == "encoder_decoder" else RowLengths(seq_len, seq_len)
+    shares = lengths.encoder / seq_len, lengths.decoder / seq_len
+    pairs = 0.0
+    for side, kinds in c.sides.items():
+        length, share = (lengths.encoder, shares[0]) if side == "encoder" else (lengths.decoder, shares[1])
+        for kind in kinds:
+            pairs += share * attended_positions(c, length, local=kind.local, causal=kind.causal)
+            pairs += share * lengths.encoder if kind.cross else 0
     return ForwardFlops(
-        attention_projections=_product_flops(c, "attention"),
+        attention_projections=_product_flops(c, "attention", *shares),
         attention_scores=4 * c.n_heads * c.head_width * pairs,
-        mlp=_product_flops(c, "mlp"),
-        head=2 * c.vocab_size * c.d_model,
+        mlp=_product_flops(c, "mlp", *shares),
+        head=shares[1] * 2 * (c.vocab_size * c.d_model + (c.d_model**2 if c.head_transform else 0)),
     )
 
 
-def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def forward_flops_per_token(config: ModelConfig, seq_len: int, lengths: RowLengths | None = None) -> float:
     """The same in one number, the head included."""
-    return forward_flops(config, seq_len).total
+    return forward_flops(config, seq_len, lengths).total
 
 
-def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def training_flops_per_token(config: ModelConfig, seq_len: int, lengths: RowLengths | None = None) -> float:
     """Model FLOPs of forward and backward for one token: three times the forward's."""
-    return 3 * forward_flops_per_token(config, seq_len)
+    return 3 * forward_flops_per_token(config, seq_len, lengths)
 
 
-def _product_flops(config: ModelConfig, part: str) -> float:
-    """Of the products of a token with the weights of a part, in all layers."""
-    return sum(2 * weight.size for weight in weights_of(config) if weight.part == part and weight.product)
+def _product_flops(config: ModelConfig, part: str, encoder_share: float, decoder_share: float) -> float:
+    """Of the products of a token with the weights of a part, in all layers; an encoder's and a decoder's by their
+    shares of the tokens."""
+    weights = (weight for weight in weights_of(config) if weight.part == part and weight.product)
+    return sum(2 * weight.size * (encoder_share if weight.of_encoder else decoder_share) for weight in weights)

@@ -6,7 +6,7 @@ import jax
 
 from maxlm.kernels.cross_entropy import cross_entropy, token_losses
 from maxlm.models.config import LossConfig
-from maxlm.models.transformer import Model, Params
+from maxlm.models.transformer import Model, Params, Transformer
 
 Batch = dict[str, jax.Array]
 
@@ -14,21 +14,23 @@ Batch = dict[str, jax.Array]
 def next_token_loss(
     model: Model, params: Params, batch: Batch, loss: LossConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The summed loss of a batch (see `docs/architecture.md` for its arrays), and its parts, not normalised.
+    """The summed loss of a batch's targets, whatever the objective (see `docs/architecture.md` for its arrays), and
+    its parts, not normalised.
 
     Returns the scalar float32 sum over tokens of weight * (cross-entropy + z_loss * log-partition squared), and
-    {"nll_sum": the cross-entropy part, "z_sum": the other}.
+    {"nll_sum": the cross-entropy part, "z_sum": the other}; where labels are smoothed, what that adds too.
     """
     module = model.bind(params)
-    x_BTD = module(batch["inputs"], batch["positions"], batch["segments"])
     return cross_entropy(
-        x_BTD,
+        module.head_input(last_hidden(module, batch)),
         module.head_weight(),
         batch["targets"],
         batch["weights"],
         vocab_size=model.config.vocab_size,
+        bias_V=module.head_bias(),
         softcap=model.config.logit_softcap,
         z_loss=loss.z_loss,
+        label_smoothing=loss.label_smoothing,
         chunk_tokens=loss.chunk_tokens,
     )
 
@@ -36,12 +38,21 @@ def next_token_loss(
 def token_negative_log_likelihoods(model: Model, params: Params, batch: Batch, loss: LossConfig) -> jax.Array:
     """The cross-entropy of every target, in nats, `[B, T]` float32, without gradients."""
     module = model.bind(params)
-    x_BTD = module(batch["inputs"], batch["positions"], batch["segments"])
     return token_losses(
-        x_BTD,
+        module.head_input(last_hidden(module, batch)),
         module.head_weight(),
         batch["targets"],
         vocab_size=model.config.vocab_size,
+        bias_V=module.head_bias(),
         softcap=model.config.logit_softcap,
         chunk_tokens=loss.chunk_tokens,
     )
+
+
+def last_hidden(module: Transformer, batch: Batch) -> jax.Array:
+    """The model's result `[B, T, D]` at the positions of a batch's targets."""
+    encoded = None
+    if module.config.kind == "encoder_decoder":
+        encoded = module.encode(batch["encoder_inputs"], batch["encoder_positions"], batch["encoder_segments"])
+    types_BT = batch.get("token_types") if module.config.token_types else None
+    return module(batch["inputs"], batch["positions"], batch["segments"], types_BT=types_BT, encoded=encoded)

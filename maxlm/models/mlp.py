@@ -20,6 +20,7 @@ ACTIVATIONS = {
     "geglu": partial(jax.nn.gelu, approximate=True),
     "gelu": partial(jax.nn.gelu, approximate=True),
     "gelu_exact": partial(jax.nn.gelu, approximate=False),
+    "silu": jax.nn.silu,
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }

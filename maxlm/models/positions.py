@@ -1,5 +1,5 @@
-"""Rotary position embeddings (RoPE, arXiv:2104.09864), in the half-split layout of the public Llama weights, and the
-slopes of ALiBi (arXiv:2108.12409)."""
+"""Rotary position embeddings (RoPE, arXiv:2104.09864), in the half-split layout of the public Llama weights; sinusoidal
+ones; and the slopes of ALiBi (arXiv:2108.12409)."""
 
 from __future__ import annotations
 
@@ -101,6 +101,14 @@ def rotate(x_BTHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1).astype(x_BTHK.dtype)
+
+
+def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
+    """Sines, then cosines, of each position at `width` / 2 wavelengths from 2 pi to 20,000 pi, `[B, T, width]` float32
+    (arXiv:1706.03762, section 3.5, which has them in turn; its code has them so)."""
+    frequencies = (10_000.0 ** -(np.arange(0, width, 2) / width)).astype(np.float32)
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 def alibi_slopes(n_heads: int) -> np.ndarray:

@@ -19,6 +19,10 @@ class LayerKind(NamedTuple):
     """attention sees `attention_window` positions only"""
     experts: bool = False
     """the feed-forward block is a mixture of experts"""
+    causal: bool = True
+    """attention sees no later positions"""
+    cross: bool = False
+    """the layer also attends to the encoder's result"""
 
 
 class Stack(NamedTuple):

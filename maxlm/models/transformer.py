@@ -1,22 +1,26 @@
-"""The transformer: embeddings, a stack of layers, a head; and `Model`, its functional form."""
+"""The transformer: embeddings, stacks of layers, a head; and `Model`, its functional form."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maxlm.kernels.attention_bias import RelativeBias
 from maxlm.kernels.embedding import embed
 from maxlm.models.attention import Angles, Context, LayerCache
 from maxlm.models.block import Block, Caches, run_segment
 from maxlm.models.config import ModelConfig, PrecisionConfig
+from maxlm.models.cross_attention import encoded_caches
+from maxlm.models.heads import Head, NextSentence
 from maxlm.models.layers import Initializer, model_norm, use
-from maxlm.models.positions import rope_angles
-from maxlm.parallel.axes import activation_spec, weight_spec
+from maxlm.models.positions import rope_angles, sinusoids
+from maxlm.models.stacks import segments
+from maxlm.parallel.axes import activation_spec, constrain, weight_spec
 
 Params = dict[str, Any]
 
@@ -24,81 +28,174 @@ Params = dict[str, Any]
 class Embedding(nnx.Module):
     """Token vectors, and position vectors where positions are learned; their sum normed where the config says so."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, init: Initializer):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, init: Initializer, *, shared: bool = False):
+        """`shared`: for the encoder of an encoder-decoder, whose token vectors are the decoder's."""
         self.config, self.dtype = config, dtype
-        self.tokens = init.normal(
-            "tokens", (config.padded_vocab_size, config.d_model), ("vocab", "embed"), config.init_std
-        )
+        if not shared:
+            self.tokens = init.normal(
+                "tokens", (config.padded_vocab_size, config.d_model), ("vocab", "embed"), config.init_std
+            )
         if config.positions == "learned":
             shape = (config.position_offset + config.max_seq_len, config.d_model)
             self.positions = init.normal("positions", shape, ("positions", "embed"), config.init_std)
+        if config.token_types:
+            shape = (config.token_types, config.d_model)
+            self.token_types = init.normal("token_types", shape, ("positions", "embed"), config.init_std)
         if config.embedding_norm:
             self.norm = model_norm(config, init.at("norm"))
 
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, context: Context) -> jax.Array:
-        """Vectors `[B, T, D]` in the compute format, as the residual stream is sharded."""
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        context: Context,
+        types_BT: jax.Array | None = None,
+        tokens_VD: jax.Array | None = None,
+    ) -> jax.Array:
+        """Vectors `[B, T, D]` in the compute format, as the residual stream is sharded. Tokens are of type 0 unless
+        `types_BT` is given; `tokens_VD` are the token vectors where they are shared."""
         _, length_axis, _ = context.residual
-        x_BTD = embed(self.tokens[...], tokens_BT, dtype=self.dtype, length_axis=length_axis)
+        table_VD = self.tokens[...] if tokens_VD is None else tokens_VD
+        x_BTD = embed(table_VD, tokens_BT, dtype=self.dtype, length_axis=length_axis)
         if self.config.embedding_scale:
             x_BTD = x_BTD * self.config.d_model**0.5
         if hasattr(self, "positions"):
             table = use(self.positions, self.dtype)
             rows_BT = positions_BT + self.config.position_offset if self.config.position_offset else positions_BT
             x_BTD = x_BTD + table.at[rows_BT].get(out_sharding=activation_spec(*context.residual))
+        if self.config.positions == "sinusoidal":
+            places_BTD = sinusoids(positions_BT, self.config.d_model).astype(self.dtype)
+            x_BTD = x_BTD + constrain(places_BTD, *context.residual)
+        if self.config.token_types:
+            table = use(self.token_types, self.dtype)
+            types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
+            x_BTD = x_BTD + table.at[types_BT].get(out_sharding=activation_spec(*context.residual))
         return self.norm(x_BTD) if self.config.embedding_norm else x_BTD
 
 
-class Head(nnx.Module):
-    """The output projection, of its own where embeddings are not tied."""
+class Encoded(NamedTuple):
+    """An encoder's result as a decoder takes it."""
 
-    def __init__(self, config: ModelConfig, init: Initializer):
-        shape = (config.padded_vocab_size, config.d_model)
-        self.kernel = init.normal("kernel", shape, ("vocab", "embed"), config.init_std)
+    x_BSD: jax.Array
+    segments_BS: jax.Array
+
+
+class EncodedCache(NamedTuple):
+    """The same for cached decoding: cross-attention's keys and values of all layers; segment 0 is padding."""
+
+    caches: Caches
+    segments_BS: jax.Array
 
 
 class Transformer(nnx.Module):
-    """A decoder-only transformer. It ends at the last norm; `head_weight` and the loss kernels make logits of that,
-    a chunk at a time."""
+    """A decoder, an encoder, or both. It ends at the last norm; `head_input`, `head_weight` and the loss kernels make
+    logits of that, a chunk at a time."""
+
+    encoder: nnx.Dict
+    decoder: nnx.Dict
 
     def __init__(self, config: ModelConfig, precision: PrecisionConfig, key: jax.Array):
         self.config, self.dtype = config, jnp.dtype(precision.compute)
         init = Initializer(key, jnp.dtype(precision.parameters))
         self.embedding = Embedding(config, self.dtype, init.at("embedding"))
-        self.decoder = nnx.Dict(
-            {
+        for side, kinds in config.sides.items():
+            blocks = {
                 stack.name: Block(
-                    config, stack.kind, self.dtype, init.at(f"decoder/{stack.name}", layers=len(stack.layers))
+                    config, stack.kind, self.dtype, init.at(f"{side}/{stack.name}", layers=len(stack.layers))
                 )
-                for segment in config.segments
+                for segment in segments(kinds)
                 for stack in segment
             }
-        )
+            setattr(self, side, nnx.Dict(blocks))
+        if config.kind == "encoder_decoder":
+            self.encoder_embedding = Embedding(config, self.dtype, init.at("encoder_embedding"), shared=True)
+        if config.positions == "relative":
+            shape, relative = (config.relative_buckets, config.n_heads), init.at("relative")
+            self.relative = nnx.Dict(
+                {side: relative.normal(side, shape, ("positions", "heads"), config.init_std) for side in config.sides}
+            )
         if config.norm_placement != "post":
             self.final_norm = model_norm(config, init.at("final_norm"))
-        if not config.tied_embeddings:
-            self.head = Head(config, init.at("head"))
+            if config.kind == "encoder_decoder":
+                self.encoder_norm = model_norm(config, init.at("encoder_norm"))
+        if not config.tied_embeddings or config.head_bias or config.head_transform:
+            self.head = Head(config, self.dtype, init.at("head"))
+        if config.next_sentence_head:
+            self.next_sentence = NextSentence(config, self.dtype, init.at("next_sentence"))
 
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
-        """The normed residual stream `[B, T, D]`; a token attends to earlier ones of its own segment."""
-        return self._forward(tokens_BT, positions_BT, segments_BT, None, None)[0]
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None,
+        *,
+        types_BT: jax.Array | None = None,
+        encoded: Encoded | None = None,
+    ) -> jax.Array:
+        """The normed residual stream `[B, T, D]`; a token attends to tokens of its own segment, in a decoder to earlier
+        ones. `types_BT`: of an encoder's tokens, all 0 unless given. `encoded`: for the decoder of an encoder-decoder,
+        with `segments_BT`."""
+        return self._forward(tokens_BT, positions_BT, segments_BT, None, None, types_BT, encoded)[0]
 
-    def decode(self, tokens_BT: jax.Array, caches: Caches, lengths_B: jax.Array) -> tuple[jax.Array, Caches]:
+    def encode(self, tokens_BS: jax.Array, positions_BS: jax.Array, segments_BS: jax.Array) -> Encoded:
+        """The result of an encoder-decoder's encoder."""
+        context = Context(*self._angles(positions_BS), segments_BS, bias=self._bias("encoder"))
+        tokens_VD = self.embedding.tokens[...]
+        x_BSD = self.encoder_embedding(tokens_BS, positions_BS, context, tokens_VD=tokens_VD)
+        for segment in segments(self.config.sides["encoder"]):
+            x_BSD, _ = run_segment(segment, self.encoder, x_BSD, context, None, self.config.remat)
+        if self.config.norm_placement != "post":
+            x_BSD = self.encoder_norm(x_BSD)
+        return Encoded(x_BSD, segments_BS)
+
+    def encoded_cache(self, encoded: Encoded) -> EncodedCache:
+        """What `decode` takes of an encoder's result."""
+        return EncodedCache(encoded_caches(self.config.segments, self.decoder, encoded.x_BSD), encoded.segments_BS)
+
+    def decode(
+        self, tokens_BT: jax.Array, caches: Caches, lengths_B: jax.Array, encoded: EncodedCache | None = None
+    ) -> tuple[jax.Array, Caches]:
         """The same for tokens that follow `lengths_B` cached ones in each row, and the caches with them written."""
         positions_BT = lengths_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=lengths_B.dtype)[None, :]
-        return self._forward(tokens_BT, positions_BT, None, caches, lengths_B)
+        return self._forward(tokens_BT, positions_BT, None, caches, lengths_B, None, encoded)
+
+    def head_input(self, x_BTD: jax.Array) -> jax.Array:
+        """What the output projection is applied to, of the result of a call."""
+        if self.config.head_transform:
+            x_BTD = self.head.transform(x_BTD)
+        return x_BTD if self.config.logit_scale == 1 else x_BTD * self.config.logit_scale
+
+    def head_bias(self) -> jax.Array | None:
+        """The bias on the logits `[V]`, if there is one."""
+        return self.head.bias[...] if self.config.head_bias else None
 
     def head_weight(self) -> jax.Array:
         """The output projection `[V, D]` as it is stored: the kernels cast it, gather it and scatter its gradient."""
         return (self.embedding.tokens if self.config.tied_embeddings else self.head.kernel)[...]
 
-    def _forward(self, tokens_BT, positions_BT, segments_BT, caches, lengths_B) -> tuple[jax.Array, Any]:
-        context = Context(*self._angles(positions_BT), segments_BT, lengths_B)
-        x_BTD = self.embedding(tokens_BT, positions_BT, context)
+    def _forward(
+        self, tokens_BT, positions_BT, segments_BT, caches, lengths_B, types_BT, encoded: Encoded | EncodedCache | None
+    ) -> tuple[jax.Array, Any]:
+        side = "encoder" if self.config.kind == "encoder" else "decoder"
+        context = Context(*self._angles(positions_BT), segments_BT, lengths_B, self._bias(side))
+        made: Caches | None = None
+        if isinstance(encoded, Encoded):
+            context = context._replace(encoded_BSD=encoded.x_BSD, encoded_segments_BS=encoded.segments_BS)
+        elif encoded is not None:
+            made, context = encoded.caches, context._replace(encoded_segments_BS=encoded.segments_BS)
+        x_BTD = self.embedding(tokens_BT, positions_BT, context, types_BT)
         written: Caches = {}
         for segment in self.config.segments:
-            x_BTD, new = run_segment(segment, self.decoder, x_BTD, context, caches, self.config.remat)
+            x_BTD, new = run_segment(segment, getattr(self, side), x_BTD, context, caches, self.config.remat, made)
             written |= new or {}
         return x_BTD if self.config.norm_placement == "post" else self.final_norm(x_BTD), written
+
+    def _bias(self, side: str) -> RelativeBias | None:
+        """What is added to the scores of a side's layers, the same in all."""
+        if self.config.positions != "relative":
+            return None
+        distance = self.config.relative_max_distance
+        return RelativeBias(self.relative[side][...], bidirectional=side == "encoder", max_distance=distance)
 
     def _angles(self, positions_BT: jax.Array) -> tuple[Angles | None, Angles | None]:
         """RoPE's cosines and sines for global and for local layers."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from maxlm.models.config import ModelConfig
+from maxlm.models.stacks import LayerKind, segments
 from maxlm.parallel.axes_table import STORAGE_AXES, WEIGHTS
 
 
@@ -27,6 +28,8 @@ class Weight:
     """the layers' stack, for what belongs to layers"""
     product: bool = True
     """whether every token is multiplied by it; not so norms, biases and tables of vectors"""
+    of_encoder: bool = False
+    """whether that is so of the tokens of an encoder-decoder's encoder, and not of its decoder's"""
 
     @property
     def size(self) -> int:
@@ -62,26 +65,54 @@ def weights_of(c: ModelConfig) -> tuple[Weight, ...]:
 def _weights(c: ModelConfig) -> Iterator[Weight]:
     d, v = c.d_model, c.padded_vocab_size
     yield Weight("embedding", (v, d), ("vocab", "embed"), product=False)
-    if c.positions == "learned":
-        rows = c.position_offset + c.max_seq_len
-        yield Weight("embedding", (rows, d), ("positions", "embed"), product=False)
-    if c.embedding_norm:
-        yield from _norm(c)
-    if c.norm_placement != "post":
-        yield from _norm(c)
-    for segment in c.segments:
-        for stack in segment:
-            for weight in _layer(c):
-                yield replace(weight, layers=len(stack.layers), stack=stack.name)
+    both = c.kind == "encoder_decoder"
+    for _ in c.sides:
+        if c.positions == "learned":
+            rows = c.position_offset + c.max_seq_len
+            yield Weight("embedding", (rows, d), ("positions", "embed"), product=False)
+        if c.positions == "relative":
+            shape = (c.relative_buckets, c.n_heads)
+            yield Weight("embedding", shape, ("positions", "heads"), product=False)
+        if c.embedding_norm:
+            yield from _norm(c)
+        if c.norm_placement != "post":
+            yield from _norm(c)
+    if c.token_types:
+        yield Weight("embedding", (c.token_types, d), ("positions", "embed"), product=False)
+    for side, kinds in c.sides.items():
+        for segment in segments(kinds):
+            for stack in segment:
+                name = f"{side}.{stack.name}" if both else stack.name
+                for weight in _layer(c, stack.kind):
+                    of_encoder = weight.of_encoder or (both and side == "encoder")
+                    yield replace(weight, layers=len(stack.layers), stack=name, of_encoder=of_encoder)
+    yield from _heads(c, d, v)
+
+
+def _heads(c: ModelConfig, d: int, v: int) -> Iterator[Weight]:
     if not c.tied_embeddings:
         yield Weight("head", (v, d), ("vocab", "embed"))
+    if c.head_bias:
+        yield Weight("head", (v,), ("vocab",), product=False)
+    if c.head_transform:
+        yield Weight("head", (d, d), ("embed", "mlp"))
+        yield Weight("head", (d,), ("mlp",), product=False)
+        yield from _norm(c)
+    if c.next_sentence_head:
+        for shape, logical in (((d, d), ("embed", "mlp")), ((d, 2), ("embed", "classes"))):
+            # Of every row's first token alone.
+            yield Weight("head", shape, logical, product=False)
+            yield Weight("head", shape[1:], logical[1:], product=False)
 
 
-def _layer(c: ModelConfig) -> Iterator[Weight]:
+def _layer(c: ModelConfig, kind: LayerKind) -> Iterator[Weight]:
     yield from _attention(c, c.d_model, c.n_heads, c.kv_heads, c.head_width)
     yield from _mlp(c, c.d_model)
-    for _ in range(2 * (c.norms_before + c.norms_after)):
+    for _ in range((3 if kind.cross else 2) * (c.norms_before + c.norms_after)):
         yield from _norm(c)
+    if kind.cross:
+        q, k, v, *others = _attention(c, c.d_model, c.n_heads, c.kv_heads, c.head_width)
+        yield from (q, replace(k, of_encoder=True), replace(v, of_encoder=True), *others)
 
 
 def _norm(c: ModelConfig) -> Iterator[Weight]:

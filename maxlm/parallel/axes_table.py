@@ -11,6 +11,7 @@ WEIGHTS: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "vocab": ("tensor",),
     "positions": (),
+    "classes": (),
     "norm": (),
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from tests.interop import public_dense
+from tests.interop import public_dense, public_sides
 
 LLAMA_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -124,6 +124,9 @@ CASES = {
     **public_dense.CASES,
 }  # fmt: skip
 
+# With encoders and encoder-decoders.
+EVERY = {**CASES, **public_sides.CASES}
+
 
 GOLDEN = Path(__file__).with_name("golden")
 
@@ -140,7 +143,7 @@ def golden(case: str) -> dict[str, np.ndarray]:
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The tensors of a model of one of the cases, as `transformers` names and shapes them in its files."""
-    case = next(name for name, one in CASES.items() if one == config)
+    case = next(name for name, one in EVERY.items() if one == config)
     return {name: tuple(shape) for name, shape in json.loads(str(golden(case)["shapes"])).items()}
 
 

@@ -26,17 +26,19 @@ def inputs(B=8, T=16, D=32, V=96, vocab_size=90, dtype="float32", seed=0, spread
     return x, w, targets, weights
 
 
-def everything(x, w, targets, weights, **how):
+def everything(x, w, targets, weights, bias=None, **how):
     """Value, parts and gradients, as the truth names them."""
 
     @jax.jit
-    def run(x, w, targets, weights):
-        loss = lambda x, w, weights: cross_entropy(x, w, targets, weights, **how)  # noqa: E731
-        (value, parts), (dx, dw, dweights) = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(x, w, weights)
-        without_gradients = cross_entropy(x, w, targets, weights, **how)[0]
-        return {"loss": value, "primal": without_gradients, **parts, "dx": dx, "dw": dw, "dweights": dweights}
+    def run(x, w, targets, weights, bias):
+        loss = lambda x, w, weights, bias: cross_entropy(x, w, targets, weights, bias_V=bias, **how)  # noqa: E731
+        value_and_grad = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)
+        (value, parts), (dx, dw, dweights, dbias) = value_and_grad(x, w, weights, bias)
+        without_gradients = loss(x, w, weights, bias)[0]
+        found = {"loss": value, "primal": without_gradients, **parts, "dx": dx, "dw": dw, "dweights": dweights}
+        return found if bias is None else found | {"dbias": dbias}
 
-    return run(x, w, targets, weights)
+    return run(x, w, targets, weights, bias)
 
 
 CASES = [
@@ -53,6 +55,36 @@ CASES = [
     {"dtype": "bfloat16"},
     {"dtype": "bfloat16", "softcap": 5.0, "z_loss": 1e-3, "chunk_tokens": 32},
 ]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"label_smoothing": 0.1},
+        {"bias": True},
+        {"bias": True, "label_smoothing": 0.3, "softcap": 3.0, "z_loss": 1e-2, "chunk_tokens": 50},
+        {"bias": True, "label_smoothing": 0.1, "dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shared", [False, True], ids=["one device", "a mesh"])
+def test_a_bias_and_smoothed_labels_equal_the_float64_truth(how: dict, shared: bool):
+    how = {"softcap": None, "z_loss": 0.0, "label_smoothing": 0.0, **how}
+    x, w, targets, weights = inputs(dtype=how.pop("dtype", "float32"), spread=0.3)
+    chunk_tokens = how.pop("chunk_tokens", None)
+    bias = jnp.asarray(np.random.default_rng(4).normal(size=96), jnp.float32) if how.pop("bias", False) else None
+    expected = truth.cross_entropy(x, w, np.asarray(targets), weights, 90, bias=0.0 if bias is None else bias, **how)
+    expected["loss"] = expected["primal"] = sum(expected[f"{name}_sum"] for name in ("nll", "z", "smoothing"))
+    within = truth.tolerance(x.dtype)
+    with jax.set_mesh(truth.mesh_of(truth.SHARDED if shared else None)):
+        x, w = truth.put(x, activation_spec(*RESIDUAL)), truth.put(w, PartitionSpec("tensor", "fsdp"))
+        targets, weights = (truth.put(a, activation_spec("batch", "length")) for a in (targets, weights))
+        bias = None if bias is None else truth.put(bias, PartitionSpec("tensor"))
+        got = everything(x, w, targets, weights, bias, vocab_size=90, chunk_tokens=chunk_tokens, **how)
+        about = {"vocab_size": 90, "bias_V": bias, "softcap": how["softcap"]}
+        got |= {"nll": token_losses(x, w, targets, **about), "logits": logits(x, w, **about)}
+        for name, value in got.items():
+            truth.assert_close(np.asarray(value), expected[name], within, name)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -108,11 +108,19 @@ def bucket(distance: int, n_buckets: int, max_distance: int, bidirectional: bool
 
 
 def cross_entropy(
-    x, w, targets, weights, vocab_size: int, softcap: float | None, z_loss: float
+    x,
+    w,
+    targets,
+    weights,
+    vocab_size: int,
+    softcap: float | None,
+    z_loss: float,
+    bias=0.0,
+    label_smoothing: float = 0.0,
 ) -> dict[str, np.ndarray]:
-    """The sums, the losses of tokens, and the gradients of x, w and weights."""
-    x, w, weights = (np.asarray(a, np.float64) for a in (x, w, weights))
-    logits = np.einsum("btd,vd->btv", x, w[:vocab_size])
+    """The sums, the losses of tokens, and the gradients of x, w, bias and weights."""
+    x, w, weights, bias = (np.asarray(a, np.float64) for a in (x, w, weights, bias))
+    logits = np.einsum("btd,vd->btv", x, w[:vocab_size]) + (bias[:vocab_size] if bias.ndim else 0.0)
     slope = 1.0
     if softcap is not None:
         logits = softcap * np.tanh(logits / softcap)
@@ -122,15 +130,20 @@ def cross_entropy(
     nll = lse - np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     p = np.exp(logits - lse[..., None])
     one_hot = targets[..., None] == np.arange(vocab_size)
-    dlogits = slope * weights[..., None] * (p * (1.0 + 2.0 * z_loss * lse[..., None]) - one_hot)
-    dw = np.zeros_like(w)
+    wanted = (1.0 - label_smoothing) * one_hot + label_smoothing / vocab_size
+    smoothing = label_smoothing * (lse - nll - logits.mean(axis=-1))
+    dlogits = slope * weights[..., None] * (p * (1.0 + 2.0 * z_loss * lse[..., None]) - wanted)
+    dw, dbias = np.zeros_like(w), np.zeros(len(w))
+    dbias[:vocab_size] = dlogits.sum(axis=(0, 1))
     dw[:vocab_size] = np.einsum("btv,btd->vd", dlogits, x)
     return {
         "nll_sum": (weights * nll).sum(),
         "z_sum": (weights * z_loss * lse**2).sum(),
+        "smoothing_sum": (weights * smoothing).sum(),
         "nll": nll,
         "logits": logits,
         "dx": np.einsum("btv,vd->btd", dlogits, w[:vocab_size]),
         "dw": dw,
-        "dweights": nll + z_loss * lse**2,
+        "dbias": dbias,
+        "dweights": nll + z_loss * lse**2 + smoothing,
     }

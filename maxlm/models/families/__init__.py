@@ -10,6 +10,8 @@ from typing import Any
 
 from maxlm.errors import ConfigError
 from maxlm.models.config import ModelConfig
+from maxlm.models.families.bart import BART, MARIAN
+from maxlm.models.families.bert import BERT, BERT_PRETRAINING, DISTILBERT, ROBERTA
 from maxlm.models.families.bloom import BLOOM
 from maxlm.models.families.gemma2 import GEMMA2
 from maxlm.models.families.gemma3 import GEMMA3
@@ -21,31 +23,36 @@ from maxlm.models.families.olmo import OLMO2
 from maxlm.models.families.opt import OPT
 from maxlm.models.families.phi3 import PHI3
 from maxlm.models.families.qwen import QWEN2, QWEN3
+from maxlm.models.families.t5 import MT5, T5
 from maxlm.models.families.table import Family
 
 # A model of two families is exported as the first of them.
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3, GPT_NEOX, GPT2, OPT, BLOOM)
+FAMILIES = (
+    LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3, GPT_NEOX, GPT2, OPT, BLOOM,
+    BERT, BERT_PRETRAINING, ROBERTA, DISTILBERT, T5, MT5, BART, MARIAN,
+)  # fmt: skip
 
 
 def family_for(config: ModelConfig) -> Family:
     """The family that a model is of. Raises ConfigError that says, for each family, which keys do not fit it."""
-    misfits = {family.model_type: family.misfits_of(config) for family in FAMILIES}
-    for family in FAMILIES:
-        if not misfits[family.model_type]:
+    misfits = [(family, family.misfits_of(config)) for family in FAMILIES]
+    for family, wrong in misfits:
+        if not wrong:
             return family
-    lines = [f"  {name}: {'; '.join(wrong)}" for name, wrong in misfits.items()]
+    lines = [f"  {family.model_type}: {'; '.join(wrong)}" for family, wrong in misfits]
     raise ConfigError("this model has no equal among the families that can be exported:\n" + "\n".join(lines))
 
 
 def family_of(theirs: Mapping[str, Any], origin: str) -> Family:
-    """The family that a config.json is of, by its `model_type`. Raises ConfigError, naming the file `origin`."""
-    known = {family.model_type: family for family in FAMILIES}
-    name = theirs.get("model_type")
-    if not isinstance(name, str) or name not in known:
-        raise ConfigError(f"{origin}: model_type = {name!r}; the types that can be read are {', '.join(known)}")
-    family, architectures = known[name], theirs.get("architectures")
-    if architectures is not None and family.architecture not in architectures:
-        raise ConfigError(
-            f"{origin}: architectures = {architectures!r}; of {name} models {family.architecture} can be read"
-        )
-    return family
+    """The family that a config.json is of, by its `model_type` and, where two have the same, its architecture. Raises
+    ConfigError, naming the file `origin`."""
+    name, architectures = theirs.get("model_type"), theirs.get("architectures")
+    known = [family for family in FAMILIES if family.model_type == name]
+    if not known:
+        types = ", ".join(dict.fromkeys(family.model_type for family in FAMILIES))
+        raise ConfigError(f"{origin}: model_type = {name!r}; the types that can be read are {types}")
+    for family in known:
+        if architectures is None or family.architecture in architectures:
+            return family
+    readable = " and ".join(family.architecture for family in known)
+    raise ConfigError(f"{origin}: architectures = {architectures!r}; of {name} models {readable} can be read")

@@ -68,13 +68,14 @@ class Weight:
     """A line of the table of weights: where a tensor lies here and there, and how its axes are laid.
 
     `layout` says both ways at once: `dhk -> (hk)d` is our `[d, h, k]` as their matrix of `h * k` rows and `d` columns,
-    in letters d embed, h heads, g key-value heads, k head width, f mlp, v vocabulary, p positions. Where several of
-    ours are one of theirs, `n` tells them apart in it: `d(nhk)` has all heads of the first before all of the second,
-    `(hnk)d` one head of each in turn. Where they differ in shape, each has a layout of its own, `hk -> (hk), gk ->
-    (gk)`, and in theirs they lie one behind another along the first axis.
+    in letters d embed (e where there are two), h heads, g key-value heads, k head width, f mlp, v vocabulary, p
+    positions, t token types, r ranges of distances, c classes; `n` is an axis of one that is theirs alone. Where
+    several of ours are one of theirs, `n` tells them apart in it: `d(nhk)` has all heads of the first before all of the
+    second, `(hnk)d` one head of each in turn. Where they differ in shape, each has a layout of its own,
+    `hk -> (hk), gk -> (gk)`, and in theirs they lie one behind another along the first axis.
 
     Weights of layers have `{layer}` in `theirs`, the layer's number, and `*` in `ours`, the name of the stack in whose
-    arrays it is.
+    arrays it is, behind `encoder` or `decoder`.
     """
 
     ours: tuple[str, ...]
@@ -106,7 +107,8 @@ class Weight:
         if not self.layered:
             yield Tensor(self.theirs, self, self.ours, ())
             return
-        for layer, place in enumerate(places(config.layer_kinds)):
+        side = self.ours[0].partition(".")[0]
+        for layer, place in enumerate(places(config.sides.get(side, ()))):
             if self.kinds(place.kind):
                 ours = tuple(path.replace("*", place.stack) for path in self.ours)
                 yield Tensor(self.theirs.format(layer=layer), self, ours, (place.index,))
@@ -154,13 +156,17 @@ class Weight:
         """The letters of ours, stacked on `n`, and the groups of letters of theirs."""
         ours, theirs = self.layout.split(" -> ")
         groups = [group.strip("()") for group in re.findall(r"\(\w+\)|\w", theirs)]
-        if len(self.ours) == 1:
+        if len(self.ours) == 1 and "n" not in groups:
             groups[0] = f"n{groups[0]}"
         return f"n{ours}", groups
 
     def _sizes(self, c: ModelConfig) -> dict[str, int]:
         sizes = {"d": c.d_model, "h": c.n_heads, "g": c.kv_heads, "k": c.head_width, "f": c.d_ff}
-        return sizes | {"v": c.vocab_size, "p": c.position_offset + c.max_seq_len, "n": len(self.ours)}
+        return (
+            sizes
+            | {"v": c.vocab_size, "p": c.position_offset + c.max_seq_len, "n": len(self.ours)}
+            | {"e": c.d_model, "t": c.token_types, "r": c.relative_buckets, "c": 2}
+        )
 
 
 def _same(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,6 +174,10 @@ def _same(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _no_more(config: ModelConfig) -> dict[str, Any]:
+    return {}
+
+
+def _no_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
@@ -217,6 +227,8 @@ class Family:
     """the name of the head's weight"""
     bricks: Mapping[str, Any] = field(default_factory=dict)
     """our keys that have one value in this family; those that stand nowhere in it have their defaults"""
+    follow: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_keys
+    """our keys that in this family follow from others of ours"""
     linked: Mapping[str, str] = field(default_factory=dict)
     """our keys that in this family are equal to another of ours"""
     synonyms: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -224,7 +236,9 @@ class Family:
     harmless: frozenset[str] = frozenset()
     """their keys that bear on training alone, or on other heads"""
     buffers: str = r"(?!)"
-    """a pattern of names of tensors in the files that are no weights"""
+    """a pattern of names of tensors in the files that are no weights, or none of this class"""
+    spell: Callable[[str], str] = str
+    """an older name of a tensor as it is now"""
     read_config: Callable[[Mapping[str, Any]], dict[str, Any]] = _same
     """brings other spellings of config.json to the keys above; raises ConfigError on what has no equal here"""
     write_config: Callable[[ModelConfig], dict[str, Any]] = _no_more
@@ -243,7 +257,13 @@ class Family:
             for ours, value in self.bricks.items()
             if getattr(config, ours) != value
         ]
-        known = {*self.keys.values(), *self.bricks, *self.linked, *self.derived, *NOT_OF_THE_WEIGHTS}
+        followed = self.follow(config.model_dump())
+        wrong += [
+            f"model.{name} = {getattr(config, name)!r} (in it that is {value!r})"
+            for name, value in followed.items()
+            if getattr(config, name) != value
+        ]
+        known = {*followed, *self.keys.values(), *self.bricks, *self.linked, *self.derived, *NOT_OF_THE_WEIGHTS}
         for name, ours in ModelConfig.model_fields.items():
             # RoPE's keys say nothing of a model without it.
             if name in known or (config.positions != "rope" and "rope" in name):
@@ -267,11 +287,12 @@ class Family:
     def to_hf_config(self, config: ModelConfig, *, dtype: str, special_ids: Mapping[str, int | None]) -> dict[str, Any]:
         """The config.json of a model that fits. `special_ids` are by `bos`, `eos` and `pad`."""
         filled = {"n_kv_heads": config.kv_heads, "head_dim": config.head_width}
+        filled["n_encoder_layers"] = config.n_encoder_layers or config.n_layers
         theirs = {key: filled.get(ours, getattr(config, ours)) for key, ours in self.keys.items()}
         ids = {f"{name}_token_id": special_ids.get(name) for name in ("bos", "eos", "pad")}
         about = {"architectures": [self.architecture], "model_type": self.model_type, "torch_dtype": dtype}
         theirs |= self.write_config(config)
-        return dict(sorted((about | theirs | dict(self.constants) | ids | {"use_cache": True}).items()))
+        return dict(sorted((about | ids | theirs | dict(self.constants) | {"use_cache": True}).items()))
 
     def from_hf_config(self, theirs: Mapping[str, Any], origin: str) -> ModelConfig:
         """The model of the config.json `origin`. Raises ConfigError, naming every key that has no equal here."""
@@ -295,7 +316,8 @@ class Family:
         values = {ours: read.get(key, self.defaults.get(key)) for key, ours in self.keys.items()}
         values = {ours: value for ours, value in values.items() if value is not None}
         linked = {key: values[other] for key, other in self.linked.items() if other in values}
-        return self._model_config(values | linked | dict(self.bricks), origin)
+        values |= linked | dict(self.bricks)
+        return self._model_config(values | self.follow(values), origin)
 
     def _model_config(self, values: dict[str, Any], origin: str) -> ModelConfig:
         theirs = {ours: key for key, ours in self.keys.items()}

@@ -1,0 +1,117 @@
+"""Configs of public encoders and encoder-decoders; `public.py` has those of decoders."""
+
+BERT_CONFIG = {
+    "architectures": ["BertForPreTraining"],
+    "model_type": "bert",
+    "vocab_size": 203,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "max_position_embeddings": 64,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+    "torch_dtype": "float32",
+}
+ROBERTA_CONFIG = BERT_CONFIG | {
+    "architectures": ["RobertaForMaskedLM"],
+    "model_type": "roberta",
+    "max_position_embeddings": 66,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-05,
+    "pad_token_id": 1,
+}
+DISTILBERT_CONFIG = {
+    "architectures": ["DistilBertForMaskedLM"],
+    "model_type": "distilbert",
+    "vocab_size": 203,
+    "dim": 48,
+    "hidden_dim": 80,
+    "n_layers": 3,
+    "n_heads": 4,
+    "activation": "gelu",
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "max_position_embeddings": 64,
+    "sinusoidal_pos_embds": False,
+    "tie_weights_": True,
+    "torch_dtype": "float32",
+}
+T5_CONFIG = {
+    "architectures": ["T5ForConditionalGeneration"],
+    "model_type": "t5",
+    "is_encoder_decoder": True,
+    "vocab_size": 203,
+    "d_model": 48,
+    "d_kv": 20,
+    "d_ff": 80,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "dropout_rate": 0.1,
+    "layer_norm_epsilon": 1e-06,
+    "feed_forward_proj": "relu",
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "n_positions": 64,
+    "torch_dtype": "float32",
+}
+BART_CONFIG = {
+    "architectures": ["BartForConditionalGeneration"],
+    "model_type": "bart",
+    "is_encoder_decoder": True,
+    "vocab_size": 203,
+    "d_model": 48,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 80,
+    "decoder_ffn_dim": 80,
+    "activation_function": "gelu",
+    "scale_embedding": False,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "torch_dtype": "float32",
+}
+MARIAN_CONFIG = BART_CONFIG | {
+    "architectures": ["MarianMTModel"],
+    "model_type": "marian",
+    "activation_function": "relu",
+    "scale_embedding": True,
+    "decoder_vocab_size": 203,
+    "share_encoder_decoder_embeddings": True,
+    "pad_token_id": 202,
+    "eos_token_id": 0,
+    "decoder_start_token_id": 202,
+    "static_position_embeddings": True,
+}
+
+ENCODERS = {
+    "bert": BERT_CONFIG,
+    "bert, masked tokens alone": {**BERT_CONFIG, "architectures": ["BertForMaskedLM"]},
+    "roberta": ROBERTA_CONFIG,
+    "distilbert": DISTILBERT_CONFIG,
+}
+ENCODER_DECODERS = {
+    "t5": T5_CONFIG,
+    "t5 1.1": {**T5_CONFIG, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "mt5": {
+        **T5_CONFIG, "architectures": ["MT5ForConditionalGeneration"], "model_type": "mt5",
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False
+    },
+    "bart": BART_CONFIG,
+    "marian": MARIAN_CONFIG,
+    "marian, swish": {**MARIAN_CONFIG, "activation_function": "swish", "scale_embedding": False},
+}  # fmt: skip
+CASES = {**ENCODERS, **ENCODER_DECODERS}
