@@ -12,10 +12,20 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.models.attention import Attention, Context, LayerCache
 from maxlm.models.config import ModelConfig, RematConfig
+from maxlm.models.latent_attention import LatentAttention, LatentCache
 from maxlm.models.layers import Initializer, model_norm
 from maxlm.models.mlp import MLP
 from maxlm.models.stacks import LayerKind, Segment
 from maxlm.parallel.axes import mesh_axes, names_in
+
+
+Cache = LayerCache | LatentCache
+"""What decoding keeps of a layer."""
+
+
+def attention_of(config: ModelConfig) -> type[Attention] | type[LatentAttention]:
+    """The attention that the config chooses."""
+    return Attention if config.latent is None else LatentAttention
 
 
 class Block(nnx.Module):
@@ -24,13 +34,11 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, kind: LayerKind, dtype: jnp.dtype, init: Initializer):
         self.parallel = config.parallel_residual
         self.attention_norm = model_norm(config, init.at("attention_norm"))
-        self.attention = Attention(config, kind, dtype, init.at("attention"))
+        self.attention = attention_of(config)(config, kind, dtype, init.at("attention"))
         self.mlp_norm = model_norm(config, init.at("mlp_norm"))
         self.mlp = MLP(config, dtype, init.at("mlp"))
 
-    def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None
-    ) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
         """The residual stream after the layer, and the layer's cache."""
         x_BTD = checkpoint_name(x_BTD, "layer_input")
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), context, cache)
@@ -40,7 +48,7 @@ class Block(nnx.Module):
         return x_BTD + self.mlp(self.mlp_norm(x_BTD), context), cache
 
 
-Caches = dict[str, LayerCache]
+Caches = dict[str, Cache]
 """The cache of every stack, by its name."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from maxlm.models.config import ModelConfig
+from maxlm.models.config import ModelConfig, PrecisionConfig
 from maxlm.models.weights import weights_of
 
 
@@ -19,11 +19,13 @@ class ParameterCount:
     total: int
     embedding: int
     """token and position vectors, and an untied head (Kaplan et al., arXiv:2001.08361, leave these out of N)"""
+    mtp: int = 0
+    """of the modules that predict further ahead, which published sizes leave out"""
 
     @property
     def active(self) -> int:
-        """Those that one token uses: all, in a dense model."""
-        return self.total
+        """Those that one token uses: all, in a dense model, but those that only predict further ahead."""
+        return self.total - self.mtp
 
     @property
     def non_embedding(self) -> int:
@@ -41,6 +43,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     return ParameterCount(
         total=sum(size for _, size in counted),
         embedding=sum(size for weight, size in counted if weight.part in ("embedding", "head")),
+        mtp=sum(size for weight, size in counted if weight.mtp),
     )
 
 
@@ -69,17 +72,20 @@ def attended_positions(config: ModelConfig, seq_len: int, *, local: bool) -> flo
 
 
 def forward_flops(config: ModelConfig, seq_len: int) -> ForwardFlops:
-    """Matmul FLOPs of the forward pass for one token of a full causal row of `seq_len`, by part.
+    """Matmul FLOPs of training's forward pass for one token of a full causal row of `seq_len`, by part.
 
-    Scores and values take 2 FLOPs each for every pair of positions that the mask leaves, head and channel.
+    Scores and values take 2 FLOPs each for every pair of positions that the mask leaves, head and channel. Modules that
+    predict further ahead are layers like the last one, whose projections of two vectors to one count with the MLP's,
+    and use the head again.
     """
     c = config
-    pairs = sum(attended_positions(c, seq_len, local=kind.local) for kind in c.layer_kinds)
+    kinds = (*c.layer_kinds, *c.layer_kinds[-1:] * c.mtp_layers)
+    pairs = sum(attended_positions(c, seq_len, local=kind.local) for kind in kinds)
     return ForwardFlops(
         attention_projections=_product_flops(c, "attention"),
-        attention_scores=4 * c.n_heads * c.head_width * pairs,
+        attention_scores=2 * c.n_heads * (c.head_width + c.value_width) * pairs,
         mlp=_product_flops(c, "mlp"),
-        head=2 * c.vocab_size * c.d_model,
+        head=2 * c.vocab_size * c.d_model * (1 + c.mtp_layers),
     )
 
 
@@ -91,6 +97,12 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Model FLOPs of forward and backward for one token: three times the forward's."""
     return 3 * forward_flops_per_token(config, seq_len)
+
+
+def cache_bytes_per_token(config: ModelConfig, precision: PrecisionConfig) -> int:
+    """Bytes that decoding keeps for a token: keys and values of all layers, or their latents and the shared key."""
+    width = 2 * config.kv_heads * config.head_width if config.latent is None else config.latent.cached_width
+    return config.n_layers * width * {"float32": 4, "bfloat16": 2}[precision.compute]
 
 
 def _product_flops(config: ModelConfig, part: str) -> float:

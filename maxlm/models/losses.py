@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from maxlm.kernels.cross_entropy import cross_entropy, token_losses
 from maxlm.models.config import LossConfig
-from maxlm.models.transformer import Model, Params
+from maxlm.models.transformer import Model, Params, Transformer
 
 Batch = dict[str, jax.Array]
 
@@ -17,18 +18,47 @@ def next_token_loss(
     """The summed loss of a batch (see `docs/architecture.md` for its arrays), and its parts, not normalised.
 
     Returns the scalar float32 sum over tokens of weight * (cross-entropy + z_loss * log-partition squared), and
-    {"nll_sum": the cross-entropy part, "z_sum": the other}.
+    {"nll_sum": the cross-entropy part, "z_sum": the other}. With `model.mtp_layers` the sum has besides, as "mtp_sum",
+    mtp_weight times the modules' mean (arXiv:2412.19437, equation 25).
     """
     module = model.bind(params)
     x_BTD = module(batch["inputs"], batch["positions"], batch["segments"])
+    total, parts = _head_loss(module, x_BTD, batch["targets"], batch["weights"], loss, z_loss=loss.z_loss)
+    n_ahead = model.config.mtp_layers
+    if not n_ahead:
+        return total, parts
+    tokens = [shifted(batch["targets"], k) for k in range(n_ahead)]
+    streams = module.ahead(x_BTD, tokens, batch["positions"], batch["segments"])
+    sums = [
+        _head_loss(module, stream, shifted(batch["targets"], k), weights_ahead(batch, k), loss, z_loss=0.0)[0]
+        for k, stream in enumerate(streams, start=1)
+    ]
+    mtp_sum = loss.mtp_weight / n_ahead * sum(sums)
+    return total + mtp_sum, parts | {"mtp_sum": jax.lax.stop_gradient(mtp_sum)}
+
+
+def weights_ahead(batch: Batch, k: int) -> jax.Array:
+    """The weights of targets k further ahead: those of the targets themselves, and 0 where another document is."""
+    segments_BT, weights_BT = batch["segments"], shifted(batch["weights"], k)
+    return jnp.where(shifted(segments_BT, k) == segments_BT, weights_BT, 0.0)
+
+
+def shifted(x_BT: jax.Array, k: int) -> jax.Array:
+    """What lies k further ahead in the row, and 0 behind its end."""
+    return jnp.pad(x_BT[:, k:], ((0, 0), (0, min(k, x_BT.shape[1]))))
+
+
+def _head_loss(
+    module: Transformer, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, loss: LossConfig, z_loss: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     return cross_entropy(
         x_BTD,
         module.head_weight(),
-        batch["targets"],
-        batch["weights"],
-        vocab_size=model.config.vocab_size,
-        softcap=model.config.logit_softcap,
-        z_loss=loss.z_loss,
+        targets_BT,
+        weights_BT,
+        vocab_size=module.config.vocab_size,
+        softcap=module.config.logit_softcap,
+        z_loss=z_loss,
         chunk_tokens=loss.chunk_tokens,
     )
 

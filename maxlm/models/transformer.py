@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,10 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxlm.kernels.embedding import embed
-from maxlm.models.attention import Angles, Context, LayerCache
-from maxlm.models.block import Block, Caches, run_segment
+from maxlm.models.attention import Angles, Context
+from maxlm.models.block import Block, Caches, attention_of, run_segment
 from maxlm.models.config import ModelConfig, PrecisionConfig
 from maxlm.models.layers import Initializer, model_norm, use
+from maxlm.models.mtp import MTPModule, run_module
 from maxlm.models.positions import rope_angles
 from maxlm.parallel.axes import activation_spec, weight_spec
 
@@ -71,10 +73,30 @@ class Transformer(nnx.Module):
         self.final_norm = model_norm(config, init.at("final_norm"))
         if not config.tied_embeddings:
             self.head = Head(config, init.at("head"))
+        if config.mtp_layers:
+            self.mtp = nnx.Dict(
+                {str(k): MTPModule(config, self.dtype, init.at(f"mtp/{k}")) for k in range(config.mtp_layers)}
+            )
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         """The normed residual stream `[B, T, D]`; a token attends to earlier ones of its own segment."""
         return self._forward(tokens_BT, positions_BT, segments_BT, None, None)[0]
+
+    def ahead(
+        self,
+        x_BTD: jax.Array,
+        tokens_BT: Sequence[jax.Array],
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None,
+    ) -> list[jax.Array]:
+        """What each module for further tokens gives the head, from what `__call__` gave and, for module k, the token
+        that lies k ahead of each position."""
+        context, found = Context(*self._angles(positions_BT), segments_BT), []
+        for k, tokens in enumerate(tokens_BT):
+            embedded_BTD = self.embedding(tokens, positions_BT, context)
+            x_BTD = run_module(self.mtp[str(k)], x_BTD, embedded_BTD, context, self.config)
+            found.append(x_BTD)
+        return found
 
     def decode(self, tokens_BT: jax.Array, caches: Caches, lengths_B: jax.Array) -> tuple[jax.Array, Caches]:
         """The same for tokens that follow `lengths_B` cached ones in each row, and the caches with them written."""
@@ -149,13 +171,9 @@ class Model:
         return jax.tree.map(place, self.logical_axes(), shapes, is_leaf=lambda node: isinstance(node, tuple))
 
     def empty_caches(self, batch: int, length: int) -> Caches:
-        """Key-value caches for `batch` rows of up to `length` positions, zeros, in the compute format."""
-        c = self.config
-        spec = activation_spec(None, "batch", "length", "kv_heads", "head_dim")
-
-        def empty(layers: int) -> LayerCache:
-            shape = (layers, batch, length, c.kv_heads, c.head_width)
-            zeros = jnp.zeros(shape, jnp.dtype(self.precision.compute), out_sharding=spec)
-            return LayerCache(zeros, zeros)
-
-        return {stack.name: empty(len(stack.layers)) for segment in c.segments for stack in segment}
+        """Caches for `batch` rows of up to `length` positions, zeros, in the compute format."""
+        c, dtype = self.config, jnp.dtype(self.precision.compute)
+        empty = attention_of(c).empty_cache
+        return {
+            stack.name: empty(c, len(stack.layers), batch, length, dtype) for segment in c.segments for stack in segment
+        }

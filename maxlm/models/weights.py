@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from maxlm.models.config import ModelConfig
+from maxlm.models.latent_config import LatentConfig
 from maxlm.parallel.axes_table import STORAGE_AXES, WEIGHTS
 
 
@@ -24,9 +25,14 @@ class Weight:
     logical: tuple[str, ...]
     layers: int = 1
     stack: str | None = None
-    """the layers' stack, for what belongs to layers"""
+    """the layers' stack, for what belongs to layers; `mtp.0` for the first module that predicts further ahead"""
     product: bool = True
     """whether every token is multiplied by it; not so norms, biases and tables of vectors"""
+
+    @property
+    def mtp(self) -> bool:
+        """Whether it is of a module that predicts further ahead, which only training uses."""
+        return self.stack is not None and self.stack.startswith("mtp.")
 
     @property
     def size(self) -> int:
@@ -71,10 +77,24 @@ def _weights(c: ModelConfig) -> Iterator[Weight]:
                 yield replace(weight, layers=len(stack.layers), stack=stack.name)
     if not c.tied_embeddings:
         yield Weight("head", (v, d), ("vocab", "embed"))
+    for k in range(c.mtp_layers):
+        for weight in _mtp(c):
+            yield replace(weight, stack=f"mtp.{k}")
+
+
+def _mtp(c: ModelConfig) -> Iterator[Weight]:
+    for _ in ("embedding", "hidden"):
+        yield Weight("mlp", (c.d_model, c.d_model), ("mlp", "embed"))
+        yield from _norm(c)
+    yield from _layer(c)
+    yield from _norm(c)
 
 
 def _layer(c: ModelConfig) -> Iterator[Weight]:
-    yield from _attention(c, c.d_model, c.n_heads, c.kv_heads, c.head_width)
+    if c.latent is None:
+        yield from _attention(c, c.d_model, c.n_heads, c.kv_heads, c.head_width)
+    else:
+        yield from _latent_attention(c, c.latent)
     yield from _mlp(c, c.d_model)
     for _ in ("attention", "mlp"):
         yield from _norm(c)
@@ -99,6 +119,23 @@ def _attention(c: ModelConfig, d: int, h: int, g: int, k: int) -> Iterator[Weigh
     if c.qk_norm:
         for _ in ("q", "k"):
             yield Weight("norm", (k,), ("norm",), product=False)
+
+
+def _latent_attention(c: ModelConfig, latent: LatentConfig) -> Iterator[Weight]:
+    d, h, k, q_rank = c.d_model, c.n_heads, latent.qk_head_dim, latent.q_rank
+    if q_rank is None:
+        yield Weight("attention", (d, h, k), ("embed", "heads", "head_dim"))
+    else:
+        yield Weight("attention", (d, q_rank), ("embed", "latent"))
+        yield Weight("norm", (q_rank,), ("norm",), product=False)
+        yield Weight("attention", (q_rank, h, k), ("rank", "heads", "head_dim"))
+    yield Weight("attention", (d, latent.cached_width), ("embed", "latent"))
+    yield Weight("norm", (latent.kv_rank,), ("norm",), product=False)
+    up = (latent.kv_rank, h, latent.nope_head_dim + latent.v_head_dim)
+    yield Weight("attention", up, ("rank", "heads", "head_dim"))
+    yield Weight("attention", (h, latent.v_head_dim, d), ("heads", "head_dim", "embed"))
+    if c.attention_out_bias:
+        yield Weight("norm", (d,), ("norm",), product=False)
 
 
 def _mlp(c: ModelConfig, d: int) -> Iterator[Weight]:

@@ -9,6 +9,9 @@ WEIGHTS: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
+    # A latent's width: as what a product makes, whole on every device; as what a product contracts, stored in pieces.
+    "latent": (),
+    "rank": ("fsdp",),
     "vocab": ("tensor",),
     "positions": (),
     "norm": (),
@@ -28,5 +31,6 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
+    "latent": (),
     "vocab": ("tensor",),
 }

@@ -74,6 +74,11 @@ def check_mesh(config: RunConfig, sizes: dict[str, int]) -> None:
             data * fsdp,
         ),
     )
+    if model.latent is not None:
+        ranks = (("model.latent.kv_rank", model.latent.kv_rank), ("model.latent.q_rank", model.latent.q_rank or 0))
+        needs += tuple((name, rank, storage_keys, storage) for name, rank in ranks)
+    if model.mtp_layers:
+        needs += (("model.d_model, with mtp_layers,", model.d_model, "mesh.tensor", tensor),)
     problems = [
         f"{what} = {value} is not a multiple of {axis} = {size}" for what, value, axis, size in needs if value % size
     ]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maxlm.models.losses import next_token_loss, token_negative_log_likelihoods
-from tests import tiny
+from tests import latents, tiny
 
 BRICKS = {
     "llama": tiny.LLAMA,
@@ -27,6 +27,7 @@ BRICKS = {
         **tiny.LLAMA, "n_layers": 5, "attention_window": 6, "attention_pattern": ["local", "global"],
         "local_rope_theta": 100.0
     },
+    **latents.MODELS,
 }  # fmt: skip
 MESHES = {"fsdp 8": {"fsdp": 8}, "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2}}
 

@@ -1,0 +1,21 @@
+"""Tiny models with latent attention, and with modules that predict further ahead."""
+
+from __future__ import annotations
+
+from tests import tiny
+
+LATENT = {
+    **tiny.LLAMA,
+    "n_kv_heads": None,
+    "latent": {"kv_rank": 24, "q_rank": 40, "nope_head_dim": 12, "rope_head_dim": 8, "v_head_dim": 10},
+}
+YARN = {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16, "mscale": 0.7, "mscale_all_dim": 0.9}
+# Whole queries, as DeepSeek-V2-Lite; a wavelength stretched by YaRN, and its factor on the scores.
+LATENT_LITE = {**LATENT, "latent": {**LATENT["latent"], "q_rank": None}, "rope_scaling": YARN}
+MTP = {**LATENT, "n_layers": 2, "mtp_layers": 2}
+
+MODELS = {
+    "latent attention": LATENT,
+    "latent attention, whole queries, YaRN on scores, a window": {**LATENT_LITE, "attention_window": 6},
+    "latent attention, two tokens further ahead": MTP,
+}
