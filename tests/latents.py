@@ -19,3 +19,9 @@ MODELS = {
     "latent attention, whole queries, YaRN on scores, a window": {**LATENT_LITE, "attention_window": 6},
     "latent attention, two tokens further ahead": MTP,
 }
+
+# Models of public families, as `interop/ours.py` has them.
+FAMILIES = {
+    "deepseek_v3, dense": {**LATENT, "norm_eps": 1e-6},
+    "deepseek, dense, whole queries, YaRN on scores": LATENT_LITE,
+}

@@ -30,7 +30,8 @@ BRICKS = {
         **tiny.LLAMA, "attention_window": 6, "rope_fraction": 0.5,
         "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16}
     },
-    **latents.MODELS,
+    "latent attention": latents.LATENT,
+    "latent attention, whole queries, YaRN on scores": latents.LATENT_LITE,
 }  # fmt: skip
 MESHES = {
     "one device": ({}, 1),

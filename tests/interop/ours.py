@@ -14,7 +14,7 @@ from maxlm.config import RunConfig, to_yaml
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 from maxlm.models.transformer import Model
 from maxlm.parallel.mesh import MeshConfig, make_mesh
-from tests import tiny
+from tests import latents, tiny
 
 # Scalings of RoPE that bear on rows as short as those of the tests.
 LLAMA31 = {
@@ -42,6 +42,7 @@ MODELS = {
         "tied_embeddings": True, "rope_fraction": 1.0, "rope_scaling": YARN
     },
     "gpt2": tiny.GPT2,
+    **latents.FAMILIES,
 }  # fmt: skip
 
 

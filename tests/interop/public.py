@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from tests.interop import public_latent
+
 LLAMA_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -120,7 +122,7 @@ CASES = {
     "gpt_neox, sequential": {**GPT_NEOX_CONFIG, "use_parallel_residual": False, "rotary_pct": 1.0},
     "gpt2": GPT2_CONFIG,
 }  # fmt: skip
-
+CASES |= public_latent.CASES
 
 GOLDEN = Path(__file__).with_name("golden")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from maxlm.errors import ConfigError
 from maxlm.models.config import ModelConfig
+from maxlm.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from maxlm.models.families.gpt2 import GPT2
 from maxlm.models.families.gpt_neox import GPT_NEOX
 from maxlm.models.families.llama import LLAMA
@@ -18,7 +19,7 @@ from maxlm.models.families.qwen import QWEN2, QWEN3
 from maxlm.models.families.table import Family
 
 # A model of two families is exported as the first of them.
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, GPT2)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, DEEPSEEK_V3, DEEPSEEK_V2, GPT_NEOX, GPT2)
 
 
 def family_for(config: ModelConfig) -> Family:

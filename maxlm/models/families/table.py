@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -73,7 +73,11 @@ class Weight:
     `(hnk)d` one head of each in turn.
 
     Weights of layers have `{layer}` in `theirs`, the layer's number, and `*` in `ours`, the name of the stack in whose
-    arrays it is.
+    arrays it is. Those of modules that predict further ahead have `{module}`, the number of a layer behind the last,
+    and `*` for the module.
+
+    Letters of latent attention: r the queries' latent, c that of keys and values, x the same and the shared key, k a
+    query head, u a head's key without RoPE and its value, w a value head. e is d_model again.
     """
 
     ours: tuple[str, ...]
@@ -82,6 +86,8 @@ class Weight:
     when: Callable[[ModelConfig], bool] = always
     kinds: Callable[[LayerKind], bool] = every_kind
     """the kinds of layers that have it"""
+    interleaved: bool = False
+    """whether RoPE turns, of the last `latent.rope_head_dim` channels on our last axis, neighbouring ones in theirs"""
 
     @property
     def layered(self) -> bool:
@@ -92,8 +98,13 @@ class Weight:
         """Their tensors, layer by layer."""
         if not self.when(config):
             return
-        if not self.layered:
+        if "{module}" in self.theirs and self.kinds(config.layer_kinds[-1]):
+            for k in range(config.mtp_layers):
+                ours = tuple(path.replace("*", str(k)) for path in self.ours)
+                yield Tensor(self.theirs.format(module=config.n_layers + k), self, ours, ())
+        elif not self.layered and "{module}" not in self.theirs:
             yield Tensor(self.theirs, self, self.ours, ())
+        if not self.layered:
             return
         for layer, place in enumerate(places(config.layer_kinds)):
             if self.kinds(place.kind):
@@ -118,6 +129,8 @@ class Weight:
         array = arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
         if "v" in letters:
             array = array[(slice(None),) * letters.index("v") + (slice(config.vocab_size),)]
+        if self.interleaved:
+            array = array[..., _neighbours(array.shape[-1], config)]
         order = [letters.index(letter) for group in groups for letter in group]
         return np.ascontiguousarray(array.transpose(order).reshape(self.shape(config)))
 
@@ -126,6 +139,8 @@ class Weight:
         letters, groups = self._axes()
         sizes, flat = self._sizes(config), [letter for group in groups for letter in group]
         arrays = tensor.reshape([sizes[letter] for letter in flat]).transpose([flat.index(x) for x in letters])
+        if self.interleaved:
+            arrays = arrays[..., np.argsort(_neighbours(arrays.shape[-1], config))]
         padding = [(0, to - now) for to, now in zip(self.our_shape(config), arrays.shape[1:], strict=True)]
         return [np.pad(array, padding) if "v" in letters else array for array in arrays]
 
@@ -138,12 +153,27 @@ class Weight:
         return f"n{ours}", groups
 
     def _sizes(self, c: ModelConfig) -> dict[str, int]:
-        sizes = {"d": c.d_model, "h": c.n_heads, "g": c.kv_heads, "k": c.head_width, "f": c.d_ff}
+        sizes = {"d": c.d_model, "e": c.d_model, "h": c.n_heads, "g": c.kv_heads, "k": c.head_width, "f": c.d_ff}
+        if (latent := c.latent) is not None:
+            up = latent.nope_head_dim + latent.v_head_dim
+            sizes |= {"r": latent.q_rank or 0, "c": latent.kv_rank, "x": latent.cached_width, "u": up}
+            sizes |= {"w": latent.v_head_dim}
         return sizes | {"v": c.vocab_size, "p": c.max_seq_len, "n": len(self.ours)}
+
+
+def _neighbours(width: int, config: ModelConfig) -> np.ndarray:
+    """For each channel of theirs, whose last ones RoPE turns in neighbouring pairs, ours, where it turns halves."""
+    turned = config.rope_width
+    pairs = np.arange(turned).reshape(2, turned // 2).T.ravel()
+    return np.concatenate([np.arange(width - turned), width - turned + pairs])
 
 
 def _same(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
+
+
+def _as_configured(config: ModelConfig, names: Collection[str]) -> ModelConfig:
+    return config
 
 
 def _no_more(config: ModelConfig) -> dict[str, Any]:
@@ -196,6 +226,8 @@ class Family:
     """the name of the head's weight"""
     bricks: Mapping[str, Any] = field(default_factory=dict)
     """our keys that have one value in this family; those that stand nowhere in it have their defaults"""
+    sections: frozenset[str] = frozenset()
+    """our sections that `read_config` makes, under their own names, and `write_config` spells key by key"""
     linked: Mapping[str, str] = field(default_factory=dict)
     """our keys that in this family are equal to another of ours"""
     synonyms: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -204,6 +236,10 @@ class Family:
     """their keys that bear on training alone, or on other heads"""
     buffers: str = r"(?!)"
     """a pattern of names of tensors in the files that are no weights"""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """patterns of names of tensors that some files hold a second time, and the name of the first"""
+    as_filed: Callable[[ModelConfig, Collection[str]], ModelConfig] = _as_configured
+    """the model whose tensors, by name, are in the files, where these may lack a part that config.json speaks of"""
     read_config: Callable[[Mapping[str, Any]], dict[str, Any]] = _same
     """brings other spellings of config.json to the keys above; raises ConfigError on what has no equal here"""
     write_config: Callable[[ModelConfig], dict[str, Any]] = _no_more
@@ -222,7 +258,7 @@ class Family:
             for ours, value in self.bricks.items()
             if getattr(config, ours) != value
         ]
-        known = {*self.keys.values(), *self.bricks, *self.linked, *self.derived, *NOT_OF_THE_WEIGHTS}
+        known = {*self.keys.values(), *self.sections, *self.bricks, *self.linked, *self.derived, *NOT_OF_THE_WEIGHTS}
         for name, ours in ModelConfig.model_fields.items():
             # RoPE's keys say nothing of a model without it.
             if name in known or (config.positions != "rope" and "rope" in name):
@@ -260,7 +296,7 @@ class Family:
             raise ConfigError(f"{origin}: this model cannot be read:\n  {error}") from None
         problems = []
         for key, value in sorted(read.items()):
-            if key in self.keys or key in self.harmless or key in BOOKKEEPING:
+            if key in self.keys or key in self.sections or key in self.harmless or key in BOOKKEEPING:
                 continue
             if key not in self.constants:
                 if value not in (None, False):
@@ -272,6 +308,7 @@ class Family:
         if problems:
             raise ConfigError(f"{origin}: this model cannot be read:\n  " + "\n  ".join(problems))
         values = {ours: read.get(key, self.defaults.get(key)) for key, ours in self.keys.items()}
+        values |= {section: read.get(section) for section in self.sections}
         values = {ours: value for ours, value in values.items() if value is not None}
         linked = {key: values[other] for key, other in self.linked.items() if other in values}
         return self._model_config(values | linked | dict(self.bricks), origin)
