@@ -25,3 +25,9 @@ FAMILIES = {
     "deepseek_v3, dense": {**LATENT, "norm_eps": 1e-6},
     "deepseek, dense, whole queries, YaRN on scores": LATENT_LITE,
 }
+
+# Sizes that the meshes of the planner's tests divide.
+PLANNED = {
+    "latent attention, two tokens further ahead": {**MTP, "latent": {**LATENT["latent"], "kv_rank": 32}},
+    "latent attention, whole queries": {**LATENT, "latent": {**LATENT["latent"], "q_rank": None}},
+}

@@ -172,7 +172,9 @@ def _checked_names(files: TensorFiles, family: Family, config: ModelConfig) -> d
         _check_copy(files, names.pop(family.head), names.get(family.embedding), "tie_word_embeddings = true")
     for pattern, first in family.copies.items():
         for full in [full for full in names if re.fullmatch(pattern, full)]:
-            _check_copy(files, names.pop(full), names.get(first), f"model_type = {family.model_type}, where they are one")
+            _check_copy(
+                files, names.pop(full), names.get(first), f"model_type = {family.model_type}, where they are one"
+            )
     expected = {name: tensor.weight.shape(config) for name, tensor in tensors.items()}
     problems = named_differences({full: files.shape(name) for full, name in names.items()}, expected)
     for name in names.values():

@@ -119,9 +119,7 @@ class Attention(nnx.Module):
         return q_BTHK, k_BTGK, v_BTGK
 
 
-def write_rows(
-    cached_BS: jax.Array, new_BT: jax.Array, lengths_B: jax.Array | None, *logical: str
-) -> jax.Array:
+def write_rows(cached_BS: jax.Array, new_BT: jax.Array, lengths_B: jax.Array | None, *logical: str) -> jax.Array:
     """Writes new positions of each row behind the `lengths_B` that it already has; `logical` names the axes after B, S.
 
     `cached_BS [B, S, ...]`, `new_BT [B, T, ...]`.

@@ -12,7 +12,9 @@ class LatentConfig(Section):
     from one narrow vector a token, which with one key turned by RoPE is all that decoding keeps."""
 
     kv_rank: int = key(..., "width of the latent that keys and values are made from", ge=1)
-    q_rank: int | None = key(None, "width of the latent that queries are made from; null: from the residual stream", ge=1)
+    q_rank: int | None = key(
+        None, "width of the latent that queries are made from; null: from the residual stream", ge=1
+    )
     nope_head_dim: int = key(..., "channels of a query and key head that RoPE leaves alone", ge=1)
     rope_head_dim: int = key(..., "channels of a head that RoPE turns, of a key that all heads share", ge=2)
     v_head_dim: int = key(..., "width of a value head", ge=1)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from maxlm.models.config import ModelConfig
 from maxlm.models.weights import weights_of
 from maxlm.parallel.axes_table import ACTIVATIONS
-from maxlm.planning.recomputation import PRODUCTS
+from maxlm.planning.recomputation import products
 
 if TYPE_CHECKING:
     from maxlm.config import RunConfig
@@ -114,7 +114,8 @@ def kept_bytes(config: RunConfig, sizes: Mapping[str, int]) -> int:
     ):
         # On the host; or not asked for, where a layer norm has kept what it subtracted the mean from.
         carry = 0
-    return int(config.model.n_layers * (carry + kept_per_layer(config, shapes)))
+    layers = config.model.n_layers + config.model.mtp_layers
+    return int(layers * (carry + kept_per_layer(config, shapes)))
 
 
 def kept_per_layer(config: RunConfig, shapes: Shapes) -> float:
@@ -126,23 +127,32 @@ def kept_per_layer(config: RunConfig, shapes: Shapes) -> float:
     if model.remat.policy == "names":
         return sum(named[name] for name in set(model.remat.names) - set(model.remat.offload))
     if model.remat.policy == "dots":
-        return sum(named[name] for name in PRODUCTS)
+        return sum(named[name] for name in products(model))
     return _everything(model, shapes, named, width)
 
 
 def named_bytes(model: ModelConfig, shapes: Shapes, width: int) -> dict[str, float]:
     """Bytes of each activation that a remat policy can name, one layer."""
     q = shapes.tokens * shapes.heads * model.head_width * width
-    kv = shapes.tokens * shapes.kv_heads * model.head_width * width
+    k = shapes.tokens * shapes.kv_heads * model.head_width * width
+    v = shapes.tokens * shapes.kv_heads * model.value_width * width
+    out = shapes.tokens * shapes.heads * model.value_width * width
+    q_latent = kv_latent = 0
+    if model.latent is not None:
+        q_latent, kv_latent = (
+            shapes.tokens * rank * width for rank in (model.latent.q_rank or 0, model.latent.cached_width)
+        )
     residual = shapes.residual_tokens * model.d_model * width
     inner = shapes.tokens * shapes.d_ff * width
     lse = shapes.tokens * shapes.heads * 4
     return {
         "layer_input": 0,  # kept whatever the policy, and counted there
+        "q_latent": q_latent,
+        "kv_latent": kv_latent,
         "q": q,
-        "k": kv,
-        "v": kv,
-        "flash_out": q * lane_padding(model) + lse,  # the TPU kernel names both so
+        "k": k,
+        "v": v,
+        "flash_out": out * lane_padding(model) + lse,  # the TPU kernel names both so
         "flash_lse": 0,
         "attention_out": 0 if model.parallel_residual else residual,  # no gradient needs it beside a parallel MLP
         "mlp_gate": inner if model.gated else 0,

@@ -29,22 +29,51 @@ class Again:
             return float("flash_out" in self.names)
         if part == "mlp":
             inner = ("mlp_gate", "mlp_up") if model.gated else ("mlp_up",)
-            return sum(name in self.names for name in inner) / (len(inner) + 1)
-        heads = {"q": model.n_heads, "k": model.kv_heads, "v": model.kv_heads, "attention_out": model.n_heads}
+            repeated, all_of_it = sum(name in self.names for name in inner), len(inner) + 1
+            if not model.mtp_layers:
+                return repeated / all_of_it
+            # Modules that predict further ahead project two vectors to a layer's input, in units of d_model x d_ff.
+            layers, projections = model.n_layers + model.mtp_layers, 2 * model.mtp_layers * model.d_model / model.d_ff
+            again = layers * repeated + projections * self.gathers
+            return again / (layers * all_of_it + projections)
+        sizes = _projections(model)
         unneeded = {"attention_out"} if model.parallel_residual else set()
-        return sum(n for name, n in heads.items() if name in self.names - unneeded) / sum(heads.values())
+        names = self.names | ({"k", "v"} if model.latent is not None and self.names & {"k", "v"} else set())
+        return sum(n for name, n in sizes.items() if name in names - unneeded) / sum(sizes.values())
+
+
+def _projections(model: ModelConfig) -> dict[str, int]:
+    """Relative FLOPs of each of attention's projections."""
+    if (latent := model.latent) is None:
+        return {"q": model.n_heads, "k": model.kv_heads, "v": model.kv_heads, "attention_out": model.n_heads}
+    d, h = model.d_model, model.n_heads
+    return {
+        "q_latent": d * (latent.q_rank or 0),
+        "q": (latent.q_rank or d) * h * latent.qk_head_dim,
+        "kv_latent": d * latent.cached_width,
+        "k": latent.kv_rank * h * latent.nope_head_dim,  # one product with v's
+        "v": latent.kv_rank * h * latent.v_head_dim,
+        "attention_out": h * latent.v_head_dim * d,
+    }
+
+
+def products(model: ModelConfig) -> tuple[str, ...]:
+    """Names of the products of a layer that are activations."""
+    if model.latent is None:
+        return PRODUCTS
+    return (*PRODUCTS, "kv_latent") if model.latent.q_rank is None else (*PRODUCTS, "q_latent", "kv_latent")
 
 
 def kept(model: ModelConfig) -> frozenset[str]:
     """Names of the products and of attention's output that are there for the backward pass, in HBM or on the host."""
     remat = model.remat
     if remat.policy == "none":
-        return frozenset((*PRODUCTS, "flash_out"))
+        return frozenset((*products(model), "flash_out"))
     if remat.policy == "dots":
-        return frozenset(PRODUCTS)
+        return frozenset(products(model))
     return frozenset(remat.names) | frozenset(remat.offload)
 
 
 def again(model: ModelConfig) -> Again:
     """What is made again."""
-    return Again(frozenset((*PRODUCTS, "flash_out")) - kept(model))
+    return Again(frozenset((*products(model), "flash_out")) - kept(model))

@@ -22,7 +22,7 @@ from maxlm.planning.hlo_loops import executions
 from maxlm.planning.memory_model import predicted_memory, state_bytes
 from maxlm.planning.roofline import Roofline, roofline
 from maxlm.planning.topology import parse_topology
-from tests import tiny
+from tests import latents, tiny
 
 COMPILED = json.loads((Path(__file__).parent / "compiled_memory.json").read_text())
 MESHES = {
@@ -46,6 +46,7 @@ MODELS = {
     | {"n_kv_heads": 4, "mlp": "relu2", "tied_embeddings": True, "attention_window": 7},
     "layers of two kinds": tiny.LLAMA
     | {"n_kv_heads": 4, "n_layers": 5, "attention_window": 7, "attention_pattern": ("local", "global")},
+    **latents.PLANNED,
 }
 
 
