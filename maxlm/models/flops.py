@@ -1,7 +1,8 @@
 """Parameters and FLOPs, counted once: metrics, planner and scaling laws all read this file.
 
 Conventions: a multiply-add is 2 FLOPs; only matmuls count; attention counts the pairs of positions that the mask
-leaves; the backward pass is twice the forward; recomputation (remat) is not model FLOPs.
+leaves; of routed experts those count that a token goes to, none dropped; the backward pass is twice the forward;
+recomputation (remat) is not model FLOPs.
 """
 
 from __future__ import annotations
@@ -19,11 +20,8 @@ class ParameterCount:
     total: int
     embedding: int
     """token and position vectors, and an untied head (Kaplan et al., arXiv:2001.08361, leave these out of N)"""
-
-    @property
-    def active(self) -> int:
-        """Those that one token uses: all, in a dense model."""
-        return self.total
+    active: int
+    """those that one token uses: all, but of routed experts only those that it goes to"""
 
     @property
     def non_embedding(self) -> int:
@@ -41,6 +39,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     return ParameterCount(
         total=sum(size for _, size in counted),
         embedding=sum(size for weight, size in counted if weight.part in ("embedding", "head")),
+        active=round(sum(size * weight.used for weight, size in counted)),
     )
 
 
@@ -52,6 +51,7 @@ class ForwardFlops:
     attention_scores: float
     """scores and values"""
     mlp: float
+    """experts and routers too"""
     head: float
 
     @property
@@ -95,4 +95,4 @@ def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 def _product_flops(config: ModelConfig, part: str) -> float:
     """Of the products of a token with the weights of a part, in all layers."""
-    return sum(2 * weight.size for weight in weights_of(config) if weight.part == part and weight.product)
+    return sum(2 * weight.size * weight.used for weight in weights_of(config) if weight.part == part and weight.product)
