@@ -13,6 +13,7 @@ YARN = {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16, "mscale": 0.7
 # Whole queries, as DeepSeek-V2-Lite; a wavelength stretched by YaRN, and its factor on the scores.
 LATENT_LITE = {**LATENT, "latent": {**LATENT["latent"], "q_rank": None}, "rope_scaling": YARN}
 MTP = {**LATENT, "n_layers": 2, "mtp_layers": 2}
+EXPERTS = {"n_experts": 4, "experts_per_token": 2, "d_ff": 32, "n_shared_experts": 1, "first_layer": 1}
 
 MODELS = {
     "latent attention": LATENT,
@@ -23,7 +24,11 @@ MODELS = {
 # Models of public families, as `interop/ours.py` has them.
 FAMILIES = {
     "deepseek_v3, dense": {**LATENT, "norm_eps": 1e-6},
-    "deepseek, dense, whole queries, YaRN on scores": LATENT_LITE,
+    "deepseek_v2": {**LATENT_LITE, "moe": {**EXPERTS, "normalize_weights": False, "n_groups": 2}},
+    "deepseek_v3, two tokens further ahead": {
+        **MTP,
+        "moe": {**EXPERTS, "router": "sigmoid", "balance_bias_rate": 0.0, "n_groups": 2, "routed_scale": 2.5},
+    },
 }
 
 # Sizes that the meshes of the planner's tests divide.

@@ -15,9 +15,10 @@ from maxlm.models.config import ModelConfig, RematConfig
 from maxlm.models.latent_attention import LatentAttention, LatentCache
 from maxlm.models.layers import Initializer, model_norm
 from maxlm.models.mlp import MLP
+from maxlm.models.moe import MoE
+from maxlm.models.routing import Routing
 from maxlm.models.stacks import LayerKind, Segment
 from maxlm.parallel.axes import mesh_axes, names_in
-
 
 Cache = LayerCache | LatentCache
 """What decoding keeps of a layer."""
@@ -36,17 +37,29 @@ class Block(nnx.Module):
         self.attention_norm = model_norm(config, init.at("attention_norm"))
         self.attention = attention_of(config)(config, kind, dtype, init.at("attention"))
         self.mlp_norm = model_norm(config, init.at("mlp_norm"))
-        self.mlp = MLP(config, dtype, init.at("mlp"))
+        if kind.experts:
+            self.moe = MoE(config, dtype, init.at("moe"))
+        else:
+            self.mlp = MLP(config, dtype, init.at("mlp"))
 
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
-        """The residual stream after the layer, and the layer's cache."""
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any, Routing | None]:
+        """The residual stream after the layer, the layer's cache, and what its router did if it has experts."""
         x_BTD = checkpoint_name(x_BTD, "layer_input")
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), context, cache)
         if self.parallel:
-            return x_BTD + y_BTD + self.mlp(self.mlp_norm(x_BTD), context), cache
+            z_BTD, routing = self._feed_forward(x_BTD, context)
+            return x_BTD + y_BTD + z_BTD, cache, routing
         x_BTD = x_BTD + y_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD), context), cache
+        z_BTD, routing = self._feed_forward(x_BTD, context)
+        return x_BTD + z_BTD, cache, routing
 
+    def _feed_forward(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Routing | None]:
+        x_BTD = self.mlp_norm(x_BTD)
+        return self.moe(x_BTD, context) if hasattr(self, "moe") else (self.mlp(x_BTD, context), None)
+
+
+# Products of routed experts that policy `dots` keeps.
+EXPERT_PRODUCTS = ("expert_gate", "expert_up")
 
 Caches = dict[str, Cache]
 """The cache of every stack, by its name."""
@@ -59,9 +72,10 @@ def run_segment(
     context: Context,
     caches: Caches | None,
     remat: RematConfig,
-) -> tuple[jax.Array, Caches | None]:
+) -> tuple[jax.Array, Caches | None, dict[str, Routing]]:
     """Runs a segment's layers in order; of `blocks`, parameters (and caches) are stacked over the layers of a stack.
 
+    Returns the residual stream, the caches, and by stack what its routers did, stacked too, where it has experts.
     A scan over the repeats of the pattern, so that neither the program nor its compilation grows with depth.
     """
     names = [stack.name for stack in segment]
@@ -76,14 +90,16 @@ def run_segment(
         layer = jax.checkpoint(layer, policy=remat_policy(remat), prevent_cse=False, static_argnums=0)
 
     def pattern(x_BTD, inputs):
-        written = []
+        written, routed = [], []
         for graph, params, cache in zip(graphs, *inputs, strict=True):
-            x_BTD, cache = layer(graph, x_BTD, params, cache)
+            x_BTD, cache, routing = layer(graph, x_BTD, params, cache)
             written.append(cache)
-        return x_BTD, tuple(written)
+            routed.append(routing)
+        return x_BTD, (tuple(written), tuple(routed))
 
-    x_BTD, written = jax.lax.scan(pattern, x_BTD, (stacked, stacked_caches))
-    return x_BTD, None if caches is None else dict(zip(names, written, strict=True))
+    x_BTD, (written, routed) = jax.lax.scan(pattern, x_BTD, (stacked, stacked_caches))
+    routings = {name: routing for name, routing in zip(names, routed, strict=True) if routing is not None}
+    return x_BTD, None if caches is None else dict(zip(names, written, strict=True)), routings
 
 
 def remat_policy(remat: RematConfig) -> Callable[..., Any]:
@@ -107,6 +123,10 @@ def remat_policy(remat: RematConfig) -> Callable[..., Any]:
             return False
         if primitive.name == "reshard" and not _batch_axes_in(params["dst_sharding"].spec):
             return False
+        if primitive.name == "all_gather" and set(params["axis_name"]) <= set(mesh_axes("batch")):
+            return False  # of experts' weights
+        if remat.policy == "dots" and primitive.name == "name" and params["name"] in EXPERT_PRODUCTS:
+            return True  # they are not made by one plain dot
         return keep(primitive, *inputs, **params)
 
     return policy

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from maxlm.models.latent_config import LatentConfig
+from maxlm.models.moe_config import MoEConfig
 from maxlm.models.stacks import LayerKind, Segment, segments
 from maxlm.section import Section, key
 
@@ -15,18 +16,8 @@ VOCAB_MULTIPLE = 128
 
 # Names that `checkpoint_name` gives to activations, for remat policy `names`.
 REMAT_NAMES = (
-    "layer_input",
-    "q_latent",
-    "kv_latent",
-    "q",
-    "k",
-    "v",
-    "flash_out",
-    "flash_lse",
-    "attention_out",
-    "mlp_gate",
-    "mlp_up",
-    "mlp_out",
+    *("layer_input", "q_latent", "kv_latent", "q", "k", "v", "flash_out", "flash_lse", "attention_out"),
+    *("mlp_gate", "mlp_up", "mlp_out", "expert_gate", "expert_up"),
 )
 
 
@@ -196,6 +187,9 @@ class ModelConfig(Section):
         "(arXiv:2109.08668)",
     )
     mlp_bias: bool = key(False, "biases in the feed-forward block")
+    moe: MoEConfig | None = key(
+        None, "experts in place of the feed-forward block, in the layers that it says; null: in none"
+    )
     parallel_residual: bool = key(
         False,
         "the feed-forward block reads the layer's input, as attention does, and not its result (arXiv:2204.06745)",
@@ -286,11 +280,23 @@ class ModelConfig(Section):
             raise ValueError("local_rope_theta is given, and no layer is local and turned by RoPE; leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _experts_fit(self) -> ModelConfig:
+        if self.moe is not None and self.moe.first_layer >= self.n_layers:
+            raise ValueError(
+                f"moe.first_layer = {self.moe.first_layer} is behind the last of n_layers = {self.n_layers} layers, and "
+                "no layer has experts; leave moe out"
+            )
+        return self
+
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer."""
         pattern = self.attention_pattern or ("global" if self.attention_window is None else "local",)
-        return tuple(LayerKind(local=pattern[i % len(pattern)] == "local") for i in range(self.n_layers))
+        return tuple(
+            LayerKind(local=pattern[i % len(pattern)] == "local", experts=self.moe is not None and self.moe.in_layer(i))
+            for i in range(self.n_layers)
+        )
 
     @property
     def segments(self) -> tuple[Segment, ...]:

@@ -1,7 +1,8 @@
 """Parameters and FLOPs, counted once: metrics, planner and scaling laws all read this file.
 
 Conventions: a multiply-add is 2 FLOPs; only matmuls count; attention counts the pairs of positions that the mask
-leaves; the backward pass is twice the forward; recomputation (remat) is not model FLOPs.
+leaves; of routed experts those count that a token goes to, none dropped; the backward pass is twice the forward;
+recomputation (remat) is not model FLOPs.
 """
 
 from __future__ import annotations
@@ -19,13 +20,11 @@ class ParameterCount:
     total: int
     embedding: int
     """token and position vectors, and an untied head (Kaplan et al., arXiv:2001.08361, leave these out of N)"""
+    active: int
+    """those that one token uses: all, but of routed experts only those that it goes to, and none that only predict
+    further ahead"""
     mtp: int = 0
     """of the modules that predict further ahead, which published sizes leave out"""
-
-    @property
-    def active(self) -> int:
-        """Those that one token uses: all, in a dense model, but those that only predict further ahead."""
-        return self.total - self.mtp
 
     @property
     def non_embedding(self) -> int:
@@ -43,6 +42,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     return ParameterCount(
         total=sum(size for _, size in counted),
         embedding=sum(size for weight, size in counted if weight.part in ("embedding", "head")),
+        active=round(sum(size * weight.used for weight, size in counted if not weight.mtp)),
         mtp=sum(size for weight, size in counted if weight.mtp),
     )
 
@@ -55,6 +55,7 @@ class ForwardFlops:
     attention_scores: float
     """scores and values"""
     mlp: float
+    """experts and routers too"""
     head: float
 
     @property
@@ -107,4 +108,4 @@ def cache_bytes_per_token(config: ModelConfig, precision: PrecisionConfig) -> in
 
 def _product_flops(config: ModelConfig, part: str) -> float:
     """Of the products of a token with the weights of a part, in all layers."""
-    return sum(2 * weight.size for weight in weights_of(config) if weight.part == part and weight.product)
+    return sum(2 * weight.size * weight.used for weight in weights_of(config) if weight.part == part and weight.product)

@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from maxlm.kernels.cross_entropy import cross_entropy, token_losses
 from maxlm.models.config import LossConfig
+from maxlm.models.moe_losses import Routings, counts_of, router_losses
 from maxlm.models.transformer import Model, Params, Transformer
 
 Batch = dict[str, jax.Array]
 
 
-def next_token_loss(
-    model: Model, params: Params, batch: Batch, loss: LossConfig
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def next_token_loss(model: Model, params: Params, batch: Batch, loss: LossConfig) -> tuple[jax.Array, dict[str, Any]]:
     """The summed loss of a batch (see `docs/architecture.md` for its arrays), and its parts, not normalised.
 
     Returns the scalar float32 sum over tokens of weight * (cross-entropy + z_loss * log-partition squared), and
     {"nll_sum": the cross-entropy part, "z_sum": the other}. With `model.mtp_layers` the sum has besides, as "mtp_sum",
-    mtp_weight times the modules' mean (arXiv:2412.19437, equation 25).
+    mtp_weight times the modules' mean (arXiv:2412.19437, equation 25). A mixture of experts adds its routers' losses,
+    each times its weight, and the parts "balance_sum", "router_z_sum" and "routing" (see `moe_losses.py`).
     """
     module = model.bind(params)
-    x_BTD = module(batch["inputs"], batch["positions"], batch["segments"])
+    x_BTD, routings = module.with_routing(batch["inputs"], batch["positions"], batch["segments"])
     total, parts = _head_loss(module, x_BTD, batch["targets"], batch["weights"], loss, z_loss=loss.z_loss)
-    n_ahead = model.config.mtp_layers
-    if not n_ahead:
+    if model.config.mtp_layers:
+        mtp_sum, ahead = _mtp_loss(module, x_BTD, batch, loss)
+        total, parts, routings = total + mtp_sum, parts | {"mtp_sum": jax.lax.stop_gradient(mtp_sum)}, routings | ahead
+    if (moe := model.config.moe) is None:
         return total, parts
-    tokens = [shifted(batch["targets"], k) for k in range(n_ahead)]
-    streams = module.ahead(x_BTD, tokens, batch["positions"], batch["segments"])
+    added = router_losses(moe, routings, batch["weights"])
+    if moe.balance_loss:
+        total = total + moe.balance_loss * added["balance_sum"]
+    if moe.z_loss:
+        total = total + moe.z_loss * added["router_z_sum"]
+    return total, {**parts, **jax.lax.stop_gradient(added), "routing": counts_of(routings)}
+
+
+def _mtp_loss(module: Transformer, x_BTD: jax.Array, batch: Batch, loss: LossConfig) -> tuple[jax.Array, Routings]:
+    """The weighed loss of the modules that predict further ahead, summed over tokens, and what their routers did."""
+    n_ahead, targets_BT = module.config.mtp_layers, batch["targets"]
+    tokens = [shifted(targets_BT, k) for k in range(n_ahead)]
+    streams, routings = module.ahead(x_BTD, tokens, batch["positions"], batch["segments"])
     sums = [
-        _head_loss(module, stream, shifted(batch["targets"], k), weights_ahead(batch, k), loss, z_loss=0.0)[0]
+        _head_loss(module, stream, shifted(targets_BT, k), weights_ahead(batch, k), loss, z_loss=0.0)[0]
         for k, stream in enumerate(streams, start=1)
     ]
-    mtp_sum = loss.mtp_weight / n_ahead * sum(sums)
-    return total + mtp_sum, parts | {"mtp_sum": jax.lax.stop_gradient(mtp_sum)}
+    return loss.mtp_weight / n_ahead * jnp.sum(jnp.stack(sums)), routings
 
 
 def weights_ahead(batch: Batch, k: int) -> jax.Array:

@@ -16,6 +16,7 @@ from maxlm.models.attention import Context
 from maxlm.models.block import Block, remat_policy
 from maxlm.models.config import ModelConfig
 from maxlm.models.layers import Initializer, model_norm, project
+from maxlm.models.routing import Routing
 from maxlm.parallel.axes import constrain
 
 
@@ -32,12 +33,14 @@ class MTPModule(nnx.Module):
         self.block = Block(config, config.layer_kinds[-1], dtype, init.at("block"))
         self.norm = model_norm(config, init.at("norm"))
 
-    def __call__(self, hidden_BTD: jax.Array, embedded_BTD: jax.Array, context: Context) -> jax.Array:
-        """The representation for the head and the next module."""
+    def __call__(
+        self, hidden_BTD: jax.Array, embedded_BTD: jax.Array, context: Context
+    ) -> tuple[jax.Array, Routing | None]:
+        """The representation for the head and the next module, and what the layer's router did if it has experts."""
         x_BTD = self._project(self.embedding_norm(embedded_BTD), self.embedding_proj, context)
         x_BTD = x_BTD + self._project(self.hidden_norm(hidden_BTD), self.hidden_proj, context)
-        x_BTD, _ = self.block(x_BTD, context, None)
-        return self.norm(x_BTD)
+        x_BTD, _, routing = self.block(x_BTD, context, None)
+        return self.norm(x_BTD), routing
 
     def _project(self, x_BTD: jax.Array, weight: nnx.Param, context: Context) -> jax.Array:
         return project(constrain(x_BTD, "batch", "length", "mlp"), weight, self.dtype, *context.residual)
@@ -45,7 +48,7 @@ class MTPModule(nnx.Module):
 
 def run_module(
     module: MTPModule, hidden_BTD: jax.Array, embedded_BTD: jax.Array, context: Context, config: ModelConfig
-) -> jax.Array:
+) -> tuple[jax.Array, Routing | None]:
     """A module under the layers' remat policy."""
     graph, params = nnx.split(module)
 

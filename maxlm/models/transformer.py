@@ -18,6 +18,7 @@ from maxlm.models.config import ModelConfig, PrecisionConfig
 from maxlm.models.layers import Initializer, model_norm, use
 from maxlm.models.mtp import MTPModule, run_module
 from maxlm.models.positions import rope_angles
+from maxlm.models.routing import Routing
 from maxlm.parallel.axes import activation_spec, weight_spec
 
 Params = dict[str, Any]
@@ -80,7 +81,14 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         """The normed residual stream `[B, T, D]`; a token attends to earlier ones of its own segment."""
-        return self._forward(tokens_BT, positions_BT, segments_BT, None, None)[0]
+        return self.with_routing(tokens_BT, positions_BT, segments_BT)[0]
+
+    def with_routing(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, Routing]]:
+        """The same, and by stack what the routers of its layers did; nothing of stacks without experts."""
+        x_BTD, _, routings = self._forward(tokens_BT, positions_BT, segments_BT, None, None)
+        return x_BTD, routings
 
     def ahead(
         self,
@@ -88,33 +96,38 @@ class Transformer(nnx.Module):
         tokens_BT: Sequence[jax.Array],
         positions_BT: jax.Array,
         segments_BT: jax.Array | None,
-    ) -> list[jax.Array]:
+    ) -> tuple[list[jax.Array], dict[str, Routing]]:
         """What each module for further tokens gives the head, from what `__call__` gave and, for module k, the token
-        that lies k ahead of each position."""
+        that lies k ahead of each position; and by module (`mtp.0`) what its router did, if it has experts."""
         context, found = Context(*self._angles(positions_BT), segments_BT), []
+        routings: dict[str, Routing] = {}
         for k, tokens in enumerate(tokens_BT):
             embedded_BTD = self.embedding(tokens, positions_BT, context)
-            x_BTD = run_module(self.mtp[str(k)], x_BTD, embedded_BTD, context, self.config)
+            x_BTD, routing = run_module(self.mtp[str(k)], x_BTD, embedded_BTD, context, self.config)
             found.append(x_BTD)
-        return found
+            if routing is not None:
+                routings[f"mtp.{k}"] = jax.tree.map(lambda x: x[None], routing)
+        return found, routings
 
     def decode(self, tokens_BT: jax.Array, caches: Caches, lengths_B: jax.Array) -> tuple[jax.Array, Caches]:
         """The same for tokens that follow `lengths_B` cached ones in each row, and the caches with them written."""
         positions_BT = lengths_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=lengths_B.dtype)[None, :]
-        return self._forward(tokens_BT, positions_BT, None, caches, lengths_B)
+        return self._forward(tokens_BT, positions_BT, None, caches, lengths_B)[:2]
 
     def head_weight(self) -> jax.Array:
         """The output projection `[V, D]` as it is stored: the kernels cast it, gather it and scatter its gradient."""
         return (self.embedding.tokens if self.config.tied_embeddings else self.head.kernel)[...]
 
-    def _forward(self, tokens_BT, positions_BT, segments_BT, caches, lengths_B) -> tuple[jax.Array, Any]:
+    def _forward(self, tokens_BT, positions_BT, segments_BT, caches, lengths_B) -> tuple[jax.Array, Any, Any]:
         context = Context(*self._angles(positions_BT), segments_BT, lengths_B)
         x_BTD = self.embedding(tokens_BT, positions_BT, context)
         written: Caches = {}
+        routings: dict[str, Routing] = {}
         for segment in self.config.segments:
-            x_BTD, new = run_segment(segment, self.decoder, x_BTD, context, caches, self.config.remat)
+            x_BTD, new, routed = run_segment(segment, self.decoder, x_BTD, context, caches, self.config.remat)
             written |= new or {}
-        return self.final_norm(x_BTD), written
+            routings |= routed
+        return self.final_norm(x_BTD), written, routings
 
     def _angles(self, positions_BT: jax.Array) -> tuple[Angles | None, Angles | None]:
         """RoPE's cosines and sines for global and for local layers."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 from maxlm.models.config import ModelConfig
 from maxlm.models.latent_config import LatentConfig
+from maxlm.models.moe_config import MoEConfig
+from maxlm.models.stacks import LayerKind
 from maxlm.parallel.axes_table import STORAGE_AXES, WEIGHTS
 
 
@@ -27,7 +29,11 @@ class Weight:
     stack: str | None = None
     """the layers' stack, for what belongs to layers; `mtp.0` for the first module that predicts further ahead"""
     product: bool = True
-    """whether every token is multiplied by it; not so norms, biases and tables of vectors"""
+    """whether tokens are multiplied by it; not so norms, biases and tables of vectors"""
+    used: float = 1.0
+    """the share of it that one token uses: of routed experts those that it goes to"""
+    float32: bool = False
+    """whether it is so whatever `precision.parameters` says"""
 
     @property
     def mtp(self) -> bool:
@@ -73,7 +79,7 @@ def _weights(c: ModelConfig) -> Iterator[Weight]:
     yield from _norm(c)
     for segment in c.segments:
         for stack in segment:
-            for weight in _layer(c):
+            for weight in _layer(c, stack.kind):
                 yield replace(weight, layers=len(stack.layers), stack=stack.name)
     if not c.tied_embeddings:
         yield Weight("head", (v, d), ("vocab", "embed"))
@@ -86,16 +92,19 @@ def _mtp(c: ModelConfig) -> Iterator[Weight]:
     for _ in ("embedding", "hidden"):
         yield Weight("mlp", (c.d_model, c.d_model), ("mlp", "embed"))
         yield from _norm(c)
-    yield from _layer(c)
+    yield from _layer(c, c.layer_kinds[-1])
     yield from _norm(c)
 
 
-def _layer(c: ModelConfig) -> Iterator[Weight]:
+def _layer(c: ModelConfig, kind: LayerKind) -> Iterator[Weight]:
     if c.latent is None:
         yield from _attention(c, c.d_model, c.n_heads, c.kv_heads, c.head_width)
     else:
         yield from _latent_attention(c, c.latent)
-    yield from _mlp(c, c.d_model)
+    if kind.experts and c.moe is not None:
+        yield from _moe(c, c.moe, c.d_model)
+    else:
+        yield from _mlp(c, c.d_model, c.d_ff)
     for _ in ("attention", "mlp"):
         yield from _norm(c)
 
@@ -138,12 +147,31 @@ def _latent_attention(c: ModelConfig, latent: LatentConfig) -> Iterator[Weight]:
         yield Weight("norm", (d,), ("norm",), product=False)
 
 
-def _mlp(c: ModelConfig, d: int) -> Iterator[Weight]:
+def _mlp(c: ModelConfig, d: int, f: int) -> Iterator[Weight]:
     inner = ("up", "gate") if c.gated else ("up",)
     for _ in inner:
-        yield Weight("mlp", (d, c.d_ff), ("embed", "mlp"))
-    yield Weight("mlp", (c.d_ff, d), ("mlp", "embed"))
+        yield Weight("mlp", (d, f), ("embed", "mlp"))
+    yield Weight("mlp", (f, d), ("mlp", "embed"))
     if c.mlp_bias:
         for _ in inner:
-            yield Weight("mlp", (c.d_ff,), ("mlp",), product=False)
+            yield Weight("mlp", (f,), ("mlp",), product=False)
         yield Weight("norm", (d,), ("norm",), product=False)
+
+
+def _moe(c: ModelConfig, moe: MoEConfig, d: int) -> Iterator[Weight]:
+    e, f, used = moe.n_experts, moe.d_ff, moe.experts_per_token / moe.n_experts
+    yield Weight("mlp", (d, e), ("embed", "router"))
+    if moe.router_bias:
+        yield Weight("norm", (e,), ("router",), product=False)
+    if moe.balance_bias_rate is not None:
+        yield Weight("norm", (e,), ("router",), product=False, float32=True)
+    inner = ("up", "gate") if c.gated else ("up",)
+    for _ in inner:
+        yield Weight("mlp", (e, d, f), ("experts", "embed", "mlp"), used=used)
+    yield Weight("mlp", (e, f, d), ("experts", "mlp", "embed"), used=used)
+    if moe.expert_bias:
+        for _ in inner:
+            yield Weight("mlp", (e, f), ("experts", "mlp"), product=False, used=used)
+        yield Weight("mlp", (e, d), ("experts", "embed"), product=False, used=used)
+    if moe.n_shared_experts:
+        yield from _mlp(c, d, moe.shared_width)

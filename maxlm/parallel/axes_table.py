@@ -6,6 +6,8 @@ WEIGHTS: dict[str, tuple[str, ...]] = {
     "layers": (),
     "embed": ("fsdp",),
     "mlp": ("tensor",),
+    "experts": (),
+    "router": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),

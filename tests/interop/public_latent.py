@@ -37,7 +37,23 @@ DEEPSEEK_V2_CONFIG = {
     "rope_scaling": YARN,
 }
 
+_EXPERTS = {
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 2.5,
+    "n_group": 4,
+    "topk_group": 2,
+}
 CASES = {
     "deepseek_v2, dense": DEEPSEEK_V2_CONFIG,
+    "deepseek_v2": {**DEEPSEEK_V2_CONFIG, **_EXPERTS, "topk_method": "greedy", "norm_topk_prob": False},
+    "deepseek_v2, groups of experts": {
+        **DEEPSEEK_V2_CONFIG, **_EXPERTS, "topk_method": "group_limited_greedy", "q_lora_rank": 28
+    },
     "deepseek_v3, dense": DEEPSEEK_V3_CONFIG,
-}
+    "deepseek_v3": {**DEEPSEEK_V3_CONFIG, **_EXPERTS, "norm_topk_prob": True, "rope_scaling": YARN},
+}  # fmt: skip

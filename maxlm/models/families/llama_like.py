@@ -84,6 +84,7 @@ def family(
     *,
     keys: Mapping[str, str],
     defaults: Mapping[str, Any],
+    weights: tuple[Weight, ...] = WEIGHTS,
     **others: Any,
 ) -> Family:
     """A family like Llama: its own keys and defaults besides those of all, and `others` in place of theirs."""
@@ -103,6 +104,6 @@ def family(
         defaults={**DEFAULTS, **defaults},
         prefix=PREFIX,
         embedding=EMBEDDING,
-        weights=WEIGHTS,
+        weights=weights,
         **{**common, **others},
     )
