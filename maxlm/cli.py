@@ -262,7 +262,7 @@ def preset_rows() -> list[dict[str, Any]]:
     """Every preset with its size and the length of its run."""
     from maxlm.config import load_config
     from maxlm.config_file import preset_names
-    from maxlm.models.flops import count_parameters
+    from maxlm.models.flops import cache_bytes_per_token, count_parameters
 
     rows = []
     for name in preset_names():
@@ -274,6 +274,7 @@ def preset_rows() -> list[dict[str, Any]]:
                 "layers": config.model.n_layers,
                 "d_model": config.model.d_model,
                 "vocab_size": config.model.vocab_size,
+                "cache_bytes_per_token": cache_bytes_per_token(config.model, config.precision),
                 "seq_len": config.train.seq_len,
                 "tokens": config.train.steps * config.train.global_batch_tokens,
             }

@@ -132,7 +132,10 @@ def test_json_of_a_config_is_its_plain_data(capsys):
     [
         (["--help-keys"], {"key", "type", "default", "required", "unit", "meaning", "section"}),
         (["--help-keys", "optimizer"], {"key", "type", "default", "required", "unit", "meaning", "section"}),
-        (["--presets"], {"preset", "parameters", "layers", "d_model", "vocab_size", "seq_len", "tokens"}),
+        (
+            ["--presets"],
+            {"preset", "parameters", "layers", "d_model", "vocab_size", "cache_bytes_per_token", "seq_len", "tokens"},
+        ),
         (["--support"], {"refused", "because", "instead"}),
     ],
 )

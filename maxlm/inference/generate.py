@@ -266,10 +266,11 @@ def _generate(
 
 
 def _in_compute_format(model: Model, params: Params) -> Params:
-    """The weights of matmuls cast once, and not again with every token. Norms stay: they compute in float32."""
+    """The weights of matmuls cast once, and not again with every token. Norms and routers stay: they compute in
+    float32."""
 
     def cast(logical: tuple[str, ...], weight: jax.Array) -> jax.Array:
-        return weight if "norm" in logical else weight.astype(model.precision.compute)
+        return weight if {"norm", "router"} & set(logical) else weight.astype(model.precision.compute)
 
     return jax.tree.map(cast, model.logical_axes(), params, is_leaf=lambda node: isinstance(node, tuple))
 

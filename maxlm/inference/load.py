@@ -36,7 +36,10 @@ def inference_mesh(config: ModelConfig) -> jax.sharding.Mesh:
     """
     devices = jax.local_devices()
     tensor = math.gcd(len(devices), config.kv_heads, config.n_heads, config.d_ff, config.padded_vocab_size)
-    fsdp = math.gcd(len(devices) // tensor, config.d_model)
+    if config.mtp_layers:
+        tensor = math.gcd(tensor, config.d_model)
+    ranks = () if config.latent is None else (config.latent.kv_rank, config.latent.q_rank or 0)
+    fsdp = math.gcd(len(devices) // tensor, config.d_model, *ranks)
     return make_mesh(MeshConfig(tensor=tensor, fsdp=fsdp), devices[: tensor * fsdp])
 
 

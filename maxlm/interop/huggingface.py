@@ -134,6 +134,7 @@ def import_model(model_dir: str | Path, out: str | Path) -> None:
     refuse_existing(out)
     tokenizer = _tokenizer_of(source, config)
     with TensorFiles(source) as files:
+        config = family.as_filed(config, files.files)
         names = _checked_names(files, family, config)
         parameters, compute = PRECISIONS.get(frozenset(files.dtype(n) for n in names.values()), ("float32", "float32"))
         run = _run_config(config, out, tokenizer is not None, parameters, compute)
@@ -169,7 +170,12 @@ def _checked_names(files: TensorFiles, family: Family, config: ModelConfig) -> d
         if full in tensors or not re.fullmatch(family.buffers, full):
             names[full] = name
     if family.head not in tensors and family.head in names:
-        _check_tied(files, names.pop(family.head), names.get(family.embedding))
+        _check_copy(files, names.pop(family.head), names.get(family.embedding), "tie_word_embeddings = true")
+    for pattern, first in family.copies.items():
+        for full in [full for full in names if re.fullmatch(pattern, full)]:
+            _check_copy(
+                files, names.pop(full), names.get(first), f"model_type = {family.model_type}, where they are one"
+            )
     expected = {name: tensor.weight.shape(config) for name, tensor in tensors.items()}
     problems = named_differences({full: files.shape(name) for full, name in names.items()}, expected)
     for name in names.values():
@@ -185,12 +191,11 @@ def _checked_names(files: TensorFiles, family: Family, config: ModelConfig) -> d
     return names
 
 
-def _check_tied(files: TensorFiles, head: str, embedding: str | None) -> None:
-    """Some files hold the tied head a second time. It is left out; that it is the same is not taken on trust."""
-    if embedding is not None and not np.array_equal(files.read(head), files.read(embedding)):
+def _check_copy(files: TensorFiles, name: str, first: str | None, because: str) -> None:
+    """Some files hold a tensor a second time. It is left out; that it is the same is not taken on trust."""
+    if first is not None and not np.array_equal(files.read(name), files.read(first)):
         raise DataError(
-            f"{files.where(head)}: {head} is not {embedding}, and config.json says tie_word_embeddings = true; "
-            "one of them is wrong"
+            f"{files.where(name)}: {name} is not {first}, and config.json says {because}; one of them is wrong"
         )
 
 

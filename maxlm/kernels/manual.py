@@ -101,3 +101,17 @@ def zeros(shape: tuple[int, ...], dtype: Any, *like: jax.Array) -> jax.Array:
     """Inside: zeros that vary over the mesh axes that any of `like` varies over, as the carry of a scan has to."""
     witness = sum(x.ravel()[0].astype(dtype) for x in like)
     return jax.lax.full_like(jax.numpy.asarray(witness), 0, dtype=dtype, shape=shape)
+
+
+def alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Inside: the arrays, each made to vary over the mesh axes that any of them varies over."""
+    everywhere = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+    return tuple(varying(x, tuple(sorted(everywhere))) for x in arrays)
+
+
+def varying(x: jax.Array, axes: Axes) -> jax.Array:
+    """Inside: an array that varies over some mesh axes, besides those that it varies over already."""
+    if n_devices() == 1:
+        return x
+    missing = tuple(axis for axis in axes if axis not in jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x

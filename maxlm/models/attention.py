@@ -85,7 +85,10 @@ class Attention(nnx.Module):
             checkpoint_name(value, name) for value, name in ((q_BTHK, "q"), (k_BTGK, "k"), (v_BTGK, "v"))
         )
         if cache is not None:
-            cache = LayerCache(*_write(cache, k_BTGK, v_BTGK, context.lengths_B))
+            cache = LayerCache(
+                write_rows(cache.k_BSGK, k_BTGK, context.lengths_B, "kv_heads", "head_dim"),
+                write_rows(cache.v_BSGK, v_BTGK, context.lengths_B, "kv_heads", "head_dim"),
+            )
             k_BTGK, v_BTGK = cache
         o_BTHK = attention(
             q_BTHK,
@@ -106,6 +109,14 @@ class Attention(nnx.Module):
             y_BTD = y_BTD + use(self.o_bias, self.dtype)
         return checkpoint_name(y_BTD, "attention_out"), cache
 
+    @staticmethod
+    def empty_cache(config: ModelConfig, layers: int, batch: int, length: int, dtype: jnp.dtype) -> LayerCache:
+        """Zeros for `layers` layers and `batch` rows of up to `length` positions."""
+        spec = activation_spec(None, "batch", "length", "kv_heads", "head_dim")
+        shape = (layers, batch, length, config.kv_heads, config.head_width)
+        zeros = jnp.zeros(shape, dtype, out_sharding=spec)
+        return LayerCache(zeros, zeros)
+
     def _project(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
         q_BTHK = project(x_BTD, self.q, self.dtype)
         k_BTGK = project(x_BTD, self.k, self.dtype)
@@ -122,15 +133,18 @@ class Attention(nnx.Module):
         return q_BTHK, k_BTGK, v_BTGK
 
 
-def _write(cache: LayerCache, k_BTGK: jax.Array, v_BTGK: jax.Array, lengths_B: jax.Array | None):
-    """Writes new keys and values of each row behind the positions that it already has."""
+def write_rows(cached_BS: jax.Array, new_BT: jax.Array, lengths_B: jax.Array | None, *logical: str) -> jax.Array:
+    """Writes new positions of each row behind the `lengths_B` that it already has; `logical` names the axes after B, S.
 
-    def local(cached_BSGK, new_BTGK, lengths_B):
+    `cached_BS [B, S, ...]`, `new_BT [B, T, ...]`.
+    """
+
+    def local(cached_BS, new_BT, lengths_B):
         def row(cached, new, length):
-            return jax.lax.dynamic_update_slice(cached, new, (length, 0, 0))
+            return jax.lax.dynamic_update_slice(cached, new, (length, *(0,) * len(logical)))
 
-        return jax.vmap(row)(cached_BSGK, new_BTGK.astype(cached_BSGK.dtype), lengths_B)
+        return jax.vmap(row)(cached_BS, new_BT.astype(cached_BS.dtype), lengths_B)
 
-    spec = activation_spec("batch", "length", "kv_heads", "head_dim")
+    spec = activation_spec("batch", "length", *logical)
     write = jax.shard_map(local, in_specs=(spec, spec, activation_spec("batch")), out_specs=spec)
-    return write(cache.k_BSGK, k_BTGK, lengths_B), write(cache.v_BSGK, v_BTGK, lengths_B)
+    return write(cached_BS, new_BT, lengths_B)

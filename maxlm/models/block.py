@@ -13,10 +13,21 @@ from jax.ad_checkpoint import checkpoint_name
 from maxlm.models.attention import Attention, Context, LayerCache
 from maxlm.models.config import ModelConfig, RematConfig
 from maxlm.models.cross_attention import CrossAttention
+from maxlm.models.latent_attention import LatentAttention, LatentCache
 from maxlm.models.layers import Initializer, Norm, model_norm
 from maxlm.models.mlp import MLP
+from maxlm.models.moe import MoE
+from maxlm.models.routing import Routing
 from maxlm.models.stacks import LayerKind, Segment
 from maxlm.parallel.axes import mesh_axes, names_in
+
+Cache = LayerCache | LatentCache
+"""What decoding keeps of a layer."""
+
+
+def attention_of(config: ModelConfig) -> type[Attention] | type[LatentAttention]:
+    """The attention that the config chooses."""
+    return Attention if config.latent is None else LatentAttention
 
 
 class Block(nnx.Module):
@@ -25,8 +36,11 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, kind: LayerKind, dtype: jnp.dtype, init: Initializer):
         self.config, self.kind = config, kind
-        self.attention = Attention(config, kind, dtype, init.at("attention"))
-        self.mlp = MLP(config, dtype, init.at("mlp"))
+        self.attention = attention_of(config)(config, kind, dtype, init.at("attention"))
+        if kind.experts:
+            self.moe = MoE(config, dtype, init.at("moe"))
+        else:
+            self.mlp = MLP(config, dtype, init.at("mlp"))
         if config.norms_before:
             self.attention_norm = model_norm(config, init.at("attention_norm"))
             self.mlp_norm = model_norm(config, init.at("mlp_norm"))
@@ -41,21 +55,27 @@ class Block(nnx.Module):
                 self.cross_out_norm = model_norm(config, init.at("cross_out_norm"))
 
     def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None, encoded: LayerCache | None = None
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """The residual stream after the layer, and the layer's cache. `encoded`: cross-attention's keys and values,
-        where they were made before."""
+        self, x_BTD: jax.Array, context: Context, cache: Any, encoded: LayerCache | None = None
+    ) -> tuple[jax.Array, Any, Routing | None]:
+        """The residual stream after the layer, the layer's cache, and what its router did if it has experts. `encoded`:
+        cross-attention's keys and values, where they were made before."""
         x_BTD = checkpoint_name(x_BTD, "layer_input")
         before, after = self.config.norms_before, self.config.norms_after
         y_BTD, cache = self.attention(self.attention_norm(x_BTD) if before else x_BTD, context, cache)
         if self.config.parallel_residual:
-            return x_BTD + y_BTD + self.mlp(self.mlp_norm(x_BTD), context), cache
+            z_BTD, routing = self._feed_forward(x_BTD, context)
+            return x_BTD + y_BTD + z_BTD, cache, routing
         x_BTD = self._add(x_BTD, y_BTD, self.attention_out_norm if after else None)
         if self.kind.cross:
             y_BTD = self.cross.attend(self.cross_norm(x_BTD) if before else x_BTD, context, encoded)
             x_BTD = self._add(x_BTD, y_BTD, self.cross_out_norm if after else None)
-        y_BTD = self.mlp(self.mlp_norm(x_BTD) if before else x_BTD, context)
-        return self._add(x_BTD, y_BTD, self.mlp_out_norm if after else None), cache
+        y_BTD, routing = self._feed_forward(x_BTD, context)
+        return self._add(x_BTD, y_BTD, self.mlp_out_norm if after else None), cache, routing
+
+    def _feed_forward(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Routing | None]:
+        if self.config.norms_before:
+            x_BTD = self.mlp_norm(x_BTD)
+        return self.moe(x_BTD, context) if self.kind.experts else (self.mlp(x_BTD, context), None)
 
     def _add(self, x_BTD: jax.Array, y_BTD: jax.Array, norm: Norm | None) -> jax.Array:
         """The residual stream and a block's result."""
@@ -64,7 +84,10 @@ class Block(nnx.Module):
         return norm(x_BTD + y_BTD) if self.config.norm_placement == "post" else x_BTD + norm(y_BTD)
 
 
-Caches = dict[str, LayerCache]
+# Products of routed experts that policy `dots` keeps.
+EXPERT_PRODUCTS = ("expert_gate", "expert_up")
+
+Caches = dict[str, Cache]
 """The cache of every stack, by its name."""
 
 
@@ -75,11 +98,12 @@ def run_segment(
     context: Context,
     caches: Caches | None,
     remat: RematConfig,
-    encoded: Caches | None = None,
-) -> tuple[jax.Array, Caches | None]:
+    encoded: Mapping[str, LayerCache] | None = None,
+) -> tuple[jax.Array, Caches | None, dict[str, Routing]]:
     """Runs a segment's layers in order; of `blocks`, parameters (and caches) are stacked over the layers of a stack.
     `encoded` are cross-attention's keys and values, where there are caches.
 
+    Returns the residual stream, the caches, and by stack what its routers did, stacked too, where it has experts.
     A scan over the repeats of the pattern, so that neither the program nor its compilation grows with depth.
     """
     names = [stack.name for stack in segment]
@@ -96,14 +120,16 @@ def run_segment(
         layer = jax.checkpoint(layer, policy=remat_policy(remat), prevent_cse=False, static_argnums=0)
 
     def pattern(x_BTD, inputs):
-        written = []
+        written, routed = [], []
         for graph, params, cache, encoded in zip(graphs, *inputs, strict=True):
-            x_BTD, cache = layer(graph, x_BTD, params, cache, encoded)
+            x_BTD, cache, routing = layer(graph, x_BTD, params, cache, encoded)
             written.append(cache)
-        return x_BTD, tuple(written)
+            routed.append(routing)
+        return x_BTD, (tuple(written), tuple(routed))
 
-    x_BTD, written = jax.lax.scan(pattern, x_BTD, (stacked, stacked_caches, stacked_encoded))
-    return x_BTD, None if caches is None else dict(zip(names, written, strict=True))
+    x_BTD, (written, routed) = jax.lax.scan(pattern, x_BTD, (stacked, stacked_caches, stacked_encoded))
+    routings = {name: routing for name, routing in zip(names, routed, strict=True) if routing is not None}
+    return x_BTD, None if caches is None else dict(zip(names, written, strict=True)), routings
 
 
 def remat_policy(remat: RematConfig) -> Callable[..., Any]:
@@ -127,6 +153,10 @@ def remat_policy(remat: RematConfig) -> Callable[..., Any]:
             return False
         if primitive.name == "reshard" and not _batch_axes_in(params["dst_sharding"].spec):
             return False
+        if primitive.name == "all_gather" and set(params["axis_name"]) <= set(mesh_axes("batch")):
+            return False  # of experts' weights
+        if remat.policy == "dots" and primitive.name == "name" and params["name"] in EXPERT_PRODUCTS:
+            return True  # they are not made by one plain dot
         return keep(primitive, *inputs, **params)
 
     return policy

@@ -7,13 +7,18 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from maxlm.models.latent_config import LatentConfig
+from maxlm.models.moe_config import MoEConfig
 from maxlm.models.stacks import LayerKind, Segment, segments
 from maxlm.section import Section, key
 
 VOCAB_MULTIPLE = 128
 
 # Names that `checkpoint_name` gives to activations, for remat policy `names`.
-REMAT_NAMES = ("layer_input", "q", "k", "v", "flash_out", "flash_lse", "attention_out", "mlp_gate", "mlp_up", "mlp_out")
+REMAT_NAMES = (
+    *("layer_input", "q_latent", "kv_latent", "q", "k", "v", "flash_out", "flash_lse", "attention_out"),
+    *("mlp_gate", "mlp_up", "mlp_out", "expert_gate", "expert_up"),
+)
 
 
 class RematConfig(Section):
@@ -48,7 +53,7 @@ class RematConfig(Section):
 ROPE_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": ((), ()),
     "ntk": ((), ()),
-    "yarn": (("original_max_seq_len",), ("beta_fast", "beta_slow", "attention_factor")),
+    "yarn": (("original_max_seq_len",), ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")),
     "llama3": (("original_max_seq_len", "low_freq_factor", "high_freq_factor"), ()),
 }
 
@@ -83,6 +88,15 @@ class RopeScalingConfig(Section):
     attention_factor: float | None = key(
         None, "yarn: turned queries and keys are multiplied by this; 0.1 ln(factor) + 1 where not given", gt=0
     )
+    mscale: float | None = key(
+        None,
+        "yarn in latent attention: attention_factor is (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + "
+        "1) where not given (DeepSeek-V2)",
+        gt=0,
+    )
+    mscale_all_dim: float | None = key(
+        None, "yarn in latent attention: scores are multiplied by (0.1 mscale_all_dim ln(factor) + 1)^2", gt=0
+    )
 
     @model_validator(mode="after")
     def _keys_belong_to_the_kind(self) -> RopeScalingConfig:
@@ -93,6 +107,10 @@ class RopeScalingConfig(Section):
         if foreign := sorted(given - {*needed, *optional}):
             has = ", ".join(("factor", *needed, *optional))
             raise ValueError(f"{', '.join(foreign)} is not of kind {self.kind!r}, which has {has}; leave it out")
+        if (self.mscale is None) != (self.mscale_all_dim is None):
+            raise ValueError(
+                f"mscale = {self.mscale} and mscale_all_dim = {self.mscale_all_dim} go together; give both or none"
+            )
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             less, more = getattr(self.filled_in, low), getattr(self.filled_in, high)
             if less is not None and more is not None and not less < more:
@@ -104,8 +122,19 @@ class RopeScalingConfig(Section):
         """The same with every number that the kind has."""
         if self.kind != "yarn":
             return self
-        numbers = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 0.1 * math.log(self.factor) + 1.0}
+        attention_factor = self._growth(1.0)
+        if self.mscale is not None and self.mscale_all_dim is not None:
+            attention_factor = self._growth(self.mscale) / self._growth(self.mscale_all_dim)
+        numbers = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": attention_factor}
         return self.model_copy(update={k: v for k, v in numbers.items() if getattr(self, k) is None})
+
+    @property
+    def score_factor(self) -> float:
+        """What latent attention multiplies scores by."""
+        return 1.0 if self.mscale_all_dim is None else self._growth(self.mscale_all_dim) ** 2
+
+    def _growth(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0
 
 
 class ModelConfig(Section):
@@ -167,6 +196,9 @@ class ModelConfig(Section):
         "RMSNorm of queries and keys before RoPE: head: over each head (arXiv:2302.05442); all: over all heads of a "
         "token together (OLMo 2)",
     )
+    latent: LatentConfig | None = key(
+        None, "multi-head latent attention, with its own widths of heads; null: the usual attention"
+    )
     attention_window: int | None = key(
         None,
         "a token attends to itself and the tokens before it, so many in all (Mistral, arXiv:2310.06825); null: to all",
@@ -191,9 +223,18 @@ class ModelConfig(Section):
         "(arXiv:2109.08668)",
     )
     mlp_bias: bool = key(False, "biases in the feed-forward block")
+    moe: MoEConfig | None = key(
+        None, "experts in place of the feed-forward block, in the layers that it says; null: in none"
+    )
     parallel_residual: bool = key(
         False,
         "the feed-forward block reads the layer's input, as attention does, and not its result (arXiv:2204.06745)",
+    )
+    mtp_layers: int = key(
+        0,
+        "modules that in training predict one token further ahead each, weighed by loss.mtp_weight (multi-token "
+        "prediction, DeepSeek-V3, arXiv:2412.19437, section 2.2)",
+        ge=0,
     )
     tied_embeddings: bool = key(False, "the output head is the token embedding")
     head_transform: bool = key(False, "a dense layer, GELU and a LayerNorm before the output projection (BERT)")
@@ -213,8 +254,37 @@ class ModelConfig(Section):
     def _sizes_fit(self) -> ModelConfig:
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.n_kv_heads}")
-        if self.head_dim is None and self.d_model % self.n_heads:
+        if self.head_dim is None and self.latent is None and self.d_model % self.n_heads:
             raise ValueError(f"d_model = {self.d_model} is not a multiple of n_heads = {self.n_heads}; give head_dim")
+        if self.mtp_layers and self.positions == "learned":
+            raise ValueError(
+                f"mtp_layers = {self.mtp_layers} with positions = 'learned': a token's position vector would go in "
+                "twice; choose positions = 'rope', or no mtp_layers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _latent_fits(self) -> ModelConfig:
+        scaling = self.rope_scaling
+        if self.latent is None:
+            if scaling is not None and scaling.mscale is not None:
+                raise ValueError("rope_scaling.mscale is latent attention's, and latent is not given; leave it out")
+            return self
+        if self.positions != "rope":
+            raise ValueError(f"latent attention turns channels by RoPE, and positions = {self.positions!r}")
+        if self.kv_heads != self.n_heads:
+            raise ValueError(
+                f"n_kv_heads = {self.n_kv_heads} with latent: every head has its own keys and values, n_heads = "
+                f"{self.n_heads}; leave it out"
+            )
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        others = ("attention_bias", "qk_norm", "rope_fraction")
+        foreign = [name for name in others if getattr(self, name) != defaults[name]]
+        if self.head_dim not in (None, self.latent.qk_head_dim):
+            foreign.append("head_dim")
+        if foreign:
+            given = ", ".join(f"{name} = {getattr(self, name)!r}" for name in foreign)
+            raise ValueError(f"{given}: not of latent attention, whose sizes stand in latent; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -300,13 +370,27 @@ class ModelConfig(Section):
             raise ValueError("local_rope_theta is given, and no layer is local and turned by RoPE; leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _experts_fit(self) -> ModelConfig:
+        if self.moe is not None and self.moe.first_layer >= self.n_layers:
+            raise ValueError(
+                f"moe.first_layer = {self.moe.first_layer} is behind the last of n_layers = {self.n_layers} layers: no "
+                "layer has experts; leave moe out"
+            )
+        return self
+
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer; of an encoder_decoder, those of its decoder."""
         pattern = self.attention_pattern or ("global" if self.attention_window is None else "local",)
         causal, cross = self.kind != "encoder", self.kind == "encoder_decoder"
         return tuple(
-            LayerKind(local=pattern[i % len(pattern)] == "local", causal=causal, cross=cross)
+            LayerKind(
+                local=pattern[i % len(pattern)] == "local",
+                experts=self.moe is not None and self.moe.in_layer(i),
+                causal=causal,
+                cross=cross,
+            )
             for i in range(self.n_layers)
         )
 
@@ -331,6 +415,8 @@ class ModelConfig(Section):
     @property
     def rope_width(self) -> int:
         """Channels of a head that RoPE turns."""
+        if self.latent is not None:
+            return self.latent.rope_head_dim
         return int(self.head_width * self.rope_fraction)
 
     @property
@@ -350,8 +436,15 @@ class ModelConfig(Section):
 
     @property
     def head_width(self) -> int:
-        """Width of a head, filled in."""
+        """Width of a head of queries and keys, filled in."""
+        if self.latent is not None:
+            return self.latent.qk_head_dim
         return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def value_width(self) -> int:
+        """Width of a head of values."""
+        return self.head_width if self.latent is None else self.latent.v_head_dim
 
     @property
     def gated(self) -> bool:
@@ -372,13 +465,19 @@ class PrecisionConfig(Section):
 
 
 class LossConfig(Section):
-    """Cross-entropy of a batch's targets."""
+    """Cross-entropy of a batch's targets, and that of tokens further ahead."""
 
     z_loss: float = key(
         0.0, "weight of the squared log-partition in the loss (PaLM, arXiv:2204.02311, section 5)", ge=0
     )
     label_smoothing: float = key(
         0.0, "part of each target that is spread over the whole vocabulary (arXiv:1706.03762, section 5.4)", ge=0, lt=1
+    )
+    mtp_weight: float = key(
+        0.3,
+        "weight of the mean loss of model.mtp_layers (arXiv:2412.19437, equation 25; DeepSeek-V3 had 0.3 for the first "
+        "10T tokens, then 0.1)",
+        ge=0,
     )
     chunk_tokens: int | None = key(
         None, "tokens whose logits exist at once on a device; chosen by memory where not given", unit="tokens", ge=1

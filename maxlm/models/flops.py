@@ -1,7 +1,8 @@
 """Parameters and FLOPs, counted once: metrics, planner and scaling laws all read this file.
 
 Conventions: a multiply-add is 2 FLOPs; only matmuls count; attention counts the pairs of positions that the mask
-leaves; the backward pass is twice the forward; recomputation (remat) is not model FLOPs.
+leaves; of routed experts those count that a token goes to, none dropped; the backward pass is twice the forward;
+recomputation (remat) is not model FLOPs.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from maxlm.models.config import ModelConfig
+from maxlm.models.config import ModelConfig, PrecisionConfig
 from maxlm.models.weights import weights_of
 
 
@@ -21,11 +22,11 @@ class ParameterCount:
     embedding: int
     """vectors of tokens and positions, and what a head has of its own (Kaplan et al., arXiv:2001.08361, leave these out
     of N)"""
-
-    @property
-    def active(self) -> int:
-        """Those that one token uses: all, in a dense model."""
-        return self.total
+    active: int
+    """those that one token uses: all, but of routed experts only those that it goes to, and none that only predict
+    further ahead"""
+    mtp: int = 0
+    """of the modules that predict further ahead, which published sizes leave out"""
 
     @property
     def non_embedding(self) -> int:
@@ -43,6 +44,8 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     return ParameterCount(
         total=sum(size for _, size in counted),
         embedding=sum(size for weight, size in counted if weight.part in ("embedding", "head")),
+        active=round(sum(size * weight.used for weight, size in counted if not weight.mtp)),
+        mtp=sum(size for weight, size in counted if weight.mtp),
     )
 
 
@@ -54,6 +57,7 @@ class ForwardFlops:
     attention_scores: float
     """scores and values"""
     mlp: float
+    """experts and routers too"""
     head: float
 
     @property
@@ -79,10 +83,11 @@ class RowLengths(NamedTuple):
 
 
 def forward_flops(config: ModelConfig, seq_len: int, lengths: RowLengths | None = None) -> ForwardFlops:
-    """Matmul FLOPs of the forward pass for one token of a full row of `seq_len`, by part.
+    """Matmul FLOPs of training's forward pass for one token of a full row of `seq_len`, by part.
 
     Scores and values take 2 FLOPs each for every pair of positions that the mask leaves, head and channel. `lengths`
-    are what an encoder-decoder makes of such a row; both `seq_len` unless given.
+    are what an encoder-decoder makes of such a row; both `seq_len` unless given. Modules that predict further ahead are
+    layers like the last one, whose projections of two vectors to one count with the MLP's, and use the head again.
     """
     c = config
     lengths = lengths if lengths is not None and c.kind == "encoder_decoder" else RowLengths(seq_len, seq_len)
@@ -90,14 +95,15 @@ def forward_flops(config: ModelConfig, seq_len: int, lengths: RowLengths | None 
     pairs = 0.0
     for side, kinds in c.sides.items():
         length, share = (lengths.encoder, shares[0]) if side == "encoder" else (lengths.decoder, shares[1])
-        for kind in kinds:
+        for kind in (*kinds, *kinds[-1:] * c.mtp_layers):
             pairs += share * attended_positions(c, length, local=kind.local, causal=kind.causal)
             pairs += share * lengths.encoder if kind.cross else 0
+    head = c.vocab_size * c.d_model * (1 + c.mtp_layers) + (c.d_model**2 if c.head_transform else 0)
     return ForwardFlops(
         attention_projections=_product_flops(c, "attention", *shares),
-        attention_scores=4 * c.n_heads * c.head_width * pairs,
+        attention_scores=2 * c.n_heads * (c.head_width + c.value_width) * pairs,
         mlp=_product_flops(c, "mlp", *shares),
-        head=shares[1] * 2 * (c.vocab_size * c.d_model + (c.d_model**2 if c.head_transform else 0)),
+        head=shares[1] * 2 * head,
     )
 
 
@@ -111,8 +117,16 @@ def training_flops_per_token(config: ModelConfig, seq_len: int, lengths: RowLeng
     return 3 * forward_flops_per_token(config, seq_len, lengths)
 
 
+def cache_bytes_per_token(config: ModelConfig, precision: PrecisionConfig) -> int:
+    """Bytes that decoding keeps for a token: keys and values of all layers, or their latents and the shared key."""
+    width = 2 * config.kv_heads * config.head_width if config.latent is None else config.latent.cached_width
+    return config.n_layers * width * {"float32": 4, "bfloat16": 2}[precision.compute]
+
+
 def _product_flops(config: ModelConfig, part: str, encoder_share: float, decoder_share: float) -> float:
     """Of the products of a token with the weights of a part, in all layers; an encoder's and a decoder's by their
     shares of the tokens."""
     weights = (weight for weight in weights_of(config) if weight.part == part and weight.product)
-    return sum(2 * weight.size * (encoder_share if weight.of_encoder else decoder_share) for weight in weights)
+    return sum(
+        2 * weight.size * weight.used * (encoder_share if weight.of_encoder else decoder_share) for weight in weights
+    )

@@ -2,34 +2,80 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from maxlm.kernels.cross_entropy import cross_entropy, token_losses
 from maxlm.models.config import LossConfig
+from maxlm.models.moe_losses import Routings, counts_of, router_losses
 from maxlm.models.transformer import Model, Params, Transformer
 
 Batch = dict[str, jax.Array]
 
 
-def next_token_loss(
-    model: Model, params: Params, batch: Batch, loss: LossConfig
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def next_token_loss(model: Model, params: Params, batch: Batch, loss: LossConfig) -> tuple[jax.Array, dict[str, Any]]:
     """The summed loss of a batch's targets, whatever the objective (see `docs/architecture.md` for its arrays), and
     its parts, not normalised.
 
     Returns the scalar float32 sum over tokens of weight * (cross-entropy + z_loss * log-partition squared), and
-    {"nll_sum": the cross-entropy part, "z_sum": the other}; where labels are smoothed, what that adds too.
+    {"nll_sum": the cross-entropy part, "z_sum": the other}; where labels are smoothed, what that adds too. With
+    `model.mtp_layers` the sum has besides, as "mtp_sum", mtp_weight times the modules' mean (arXiv:2412.19437, equation
+    25). A mixture of experts adds its routers' losses, each times its weight, and the parts "balance_sum",
+    "router_z_sum" and "routing" (see `moe_losses.py`).
     """
     module = model.bind(params)
+    x_BTD, routings = last_hidden(module, batch)
+    total, parts = _head_loss(module, x_BTD, batch["targets"], batch["weights"], loss, z_loss=loss.z_loss)
+    if model.config.mtp_layers:
+        mtp_sum, ahead = _mtp_loss(module, x_BTD, batch, loss)
+        total, parts, routings = total + mtp_sum, parts | {"mtp_sum": jax.lax.stop_gradient(mtp_sum)}, routings | ahead
+    if (moe := model.config.moe) is None:
+        return total, parts
+    added = router_losses(moe, routings, batch["weights"])
+    if moe.balance_loss:
+        total = total + moe.balance_loss * added["balance_sum"]
+    if moe.z_loss:
+        total = total + moe.z_loss * added["router_z_sum"]
+    return total, {**parts, **jax.lax.stop_gradient(added), "routing": counts_of(routings)}
+
+
+def _mtp_loss(module: Transformer, x_BTD: jax.Array, batch: Batch, loss: LossConfig) -> tuple[jax.Array, Routings]:
+    """The weighed loss of the modules that predict further ahead, summed over tokens, and what their routers did."""
+    n_ahead, targets_BT = module.config.mtp_layers, batch["targets"]
+    tokens = [shifted(targets_BT, k) for k in range(n_ahead)]
+    streams, routings = module.ahead(x_BTD, tokens, batch["positions"], batch["segments"])
+    sums = [
+        _head_loss(module, stream, shifted(targets_BT, k), weights_ahead(batch, k), loss, z_loss=0.0)[0]
+        for k, stream in enumerate(streams, start=1)
+    ]
+    return loss.mtp_weight / n_ahead * jnp.sum(jnp.stack(sums)), routings
+
+
+def weights_ahead(batch: Batch, k: int) -> jax.Array:
+    """The weights of targets k further ahead: those of the targets themselves, and 0 where another document is."""
+    segments_BT, weights_BT = batch["segments"], shifted(batch["weights"], k)
+    return jnp.where(shifted(segments_BT, k) == segments_BT, weights_BT, 0.0)
+
+
+def shifted(x_BT: jax.Array, k: int) -> jax.Array:
+    """What lies k further ahead in the row, and 0 behind its end."""
+    return jnp.pad(x_BT[:, k:], ((0, 0), (0, min(k, x_BT.shape[1]))))
+
+
+def _head_loss(
+    module: Transformer, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, loss: LossConfig, z_loss: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     return cross_entropy(
-        module.head_input(last_hidden(module, batch)),
+        module.head_input(x_BTD),
         module.head_weight(),
-        batch["targets"],
-        batch["weights"],
-        vocab_size=model.config.vocab_size,
+        targets_BT,
+        weights_BT,
+        vocab_size=module.config.vocab_size,
         bias_V=module.head_bias(),
-        softcap=model.config.logit_softcap,
-        z_loss=loss.z_loss,
+        softcap=module.config.logit_softcap,
+        z_loss=z_loss,
         label_smoothing=loss.label_smoothing,
         chunk_tokens=loss.chunk_tokens,
     )
@@ -39,7 +85,7 @@ def token_negative_log_likelihoods(model: Model, params: Params, batch: Batch, l
     """The cross-entropy of every target, in nats, `[B, T]` float32, without gradients."""
     module = model.bind(params)
     return token_losses(
-        module.head_input(last_hidden(module, batch)),
+        module.head_input(last_hidden(module, batch)[0]),
         module.head_weight(),
         batch["targets"],
         vocab_size=model.config.vocab_size,
@@ -49,10 +95,12 @@ def token_negative_log_likelihoods(model: Model, params: Params, batch: Batch, l
     )
 
 
-def last_hidden(module: Transformer, batch: Batch) -> jax.Array:
-    """The model's result `[B, T, D]` at the positions of a batch's targets."""
+def last_hidden(module: Transformer, batch: Batch) -> tuple[jax.Array, Routings]:
+    """The model's result `[B, T, D]` at the positions of a batch's targets, and what its routers did."""
     encoded = None
     if module.config.kind == "encoder_decoder":
         encoded = module.encode(batch["encoder_inputs"], batch["encoder_positions"], batch["encoder_segments"])
     types_BT = batch.get("token_types") if module.config.token_types else None
-    return module(batch["inputs"], batch["positions"], batch["segments"], types_BT=types_BT, encoded=encoded)
+    return module.with_routing(
+        batch["inputs"], batch["positions"], batch["segments"], types_BT=types_BT, encoded=encoded
+    )

@@ -23,7 +23,7 @@ def rope_frequencies(config: ModelConfig, *, local: bool = False) -> tuple[np.nd
         return _unscaled(config.local_rope_theta, width), 1.0
     if scaling is None:
         return _unscaled(theta, width), 1.0
-    numbers = scaling.filled_in.model_dump(exclude={"kind"}, exclude_none=True)
+    numbers = scaling.filled_in.model_dump(exclude={"kind", "mscale", "mscale_all_dim"}, exclude_none=True)
     return {"linear": _linear, "ntk": _ntk, "yarn": _yarn, "llama3": _llama3}[scaling.kind](theta, width, **numbers)
 
 

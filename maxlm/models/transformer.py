@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,12 +14,14 @@ from flax import nnx
 from maxlm.kernels.attention_bias import RelativeBias
 from maxlm.kernels.embedding import embed
 from maxlm.models.attention import Angles, Context, LayerCache
-from maxlm.models.block import Block, Caches, run_segment
+from maxlm.models.block import Block, Caches, attention_of, run_segment
 from maxlm.models.config import ModelConfig, PrecisionConfig
 from maxlm.models.cross_attention import encoded_caches
 from maxlm.models.heads import Head, NextSentence
 from maxlm.models.layers import Initializer, model_norm, use
+from maxlm.models.mtp import MTPModule, run_module
 from maxlm.models.positions import rope_angles, sinusoids
+from maxlm.models.routing import Routing
 from maxlm.models.stacks import segments
 from maxlm.parallel.axes import activation_spec, constrain, weight_spec
 
@@ -83,7 +86,7 @@ class Encoded(NamedTuple):
 class EncodedCache(NamedTuple):
     """The same for cached decoding: cross-attention's keys and values of all layers; segment 0 is padding."""
 
-    caches: Caches
+    caches: Mapping[str, LayerCache]
     segments_BS: jax.Array
 
 
@@ -122,6 +125,10 @@ class Transformer(nnx.Module):
             self.head = Head(config, self.dtype, init.at("head"))
         if config.next_sentence_head:
             self.next_sentence = NextSentence(config, self.dtype, init.at("next_sentence"))
+        if config.mtp_layers:
+            self.mtp = nnx.Dict(
+                {str(k): MTPModule(config, self.dtype, init.at(f"mtp/{k}")) for k in range(config.mtp_layers)}
+            )
 
     def __call__(
         self,
@@ -135,7 +142,39 @@ class Transformer(nnx.Module):
         """The normed residual stream `[B, T, D]`; a token attends to tokens of its own segment, in a decoder to earlier
         ones. `types_BT`: of an encoder's tokens, all 0 unless given. `encoded`: for the decoder of an encoder-decoder,
         with `segments_BT`."""
-        return self._forward(tokens_BT, positions_BT, segments_BT, None, None, types_BT, encoded)[0]
+        return self.with_routing(tokens_BT, positions_BT, segments_BT, types_BT=types_BT, encoded=encoded)[0]
+
+    def with_routing(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None,
+        *,
+        types_BT: jax.Array | None = None,
+        encoded: Encoded | None = None,
+    ) -> tuple[jax.Array, dict[str, Routing]]:
+        """The same, and by stack what the routers of its layers did; nothing of stacks without experts."""
+        x_BTD, _, routings = self._forward(tokens_BT, positions_BT, segments_BT, None, None, types_BT, encoded)
+        return x_BTD, routings
+
+    def ahead(
+        self,
+        x_BTD: jax.Array,
+        tokens_BT: Sequence[jax.Array],
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None,
+    ) -> tuple[list[jax.Array], dict[str, Routing]]:
+        """What each module for further tokens gives the head, from what `__call__` gave and, for module k, the token
+        that lies k ahead of each position; and by module (`mtp.0`) what its router did, if it has experts."""
+        context, found = Context(*self._angles(positions_BT), segments_BT), []
+        routings: dict[str, Routing] = {}
+        for k, tokens in enumerate(tokens_BT):
+            embedded_BTD = self.embedding(tokens, positions_BT, context)
+            x_BTD, routing = run_module(self.mtp[str(k)], x_BTD, embedded_BTD, context, self.config)
+            found.append(x_BTD)
+            if routing is not None:
+                routings[f"mtp.{k}"] = jax.tree.map(lambda x: x[None], routing)
+        return found, routings
 
     def encode(self, tokens_BS: jax.Array, positions_BS: jax.Array, segments_BS: jax.Array) -> Encoded:
         """The result of an encoder-decoder's encoder."""
@@ -143,7 +182,7 @@ class Transformer(nnx.Module):
         tokens_VD = self.embedding.tokens[...]
         x_BSD = self.encoder_embedding(tokens_BS, positions_BS, context, tokens_VD=tokens_VD)
         for segment in segments(self.config.sides["encoder"]):
-            x_BSD, _ = run_segment(segment, self.encoder, x_BSD, context, None, self.config.remat)
+            x_BSD, *_ = run_segment(segment, self.encoder, x_BSD, context, None, self.config.remat)
         if self.config.norm_placement != "post":
             x_BSD = self.encoder_norm(x_BSD)
         return Encoded(x_BSD, segments_BS)
@@ -157,7 +196,7 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, Caches]:
         """The same for tokens that follow `lengths_B` cached ones in each row, and the caches with them written."""
         positions_BT = lengths_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=lengths_B.dtype)[None, :]
-        return self._forward(tokens_BT, positions_BT, None, caches, lengths_B, None, encoded)
+        return self._forward(tokens_BT, positions_BT, None, caches, lengths_B, None, encoded)[:2]
 
     def head_input(self, x_BTD: jax.Array) -> jax.Array:
         """What the output projection is applied to, of the result of a call."""
@@ -175,20 +214,24 @@ class Transformer(nnx.Module):
 
     def _forward(
         self, tokens_BT, positions_BT, segments_BT, caches, lengths_B, types_BT, encoded: Encoded | EncodedCache | None
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, Any, Any]:
         side = "encoder" if self.config.kind == "encoder" else "decoder"
         context = Context(*self._angles(positions_BT), segments_BT, lengths_B, self._bias(side))
-        made: Caches | None = None
+        made: Mapping[str, LayerCache] | None = None
         if isinstance(encoded, Encoded):
             context = context._replace(encoded_BSD=encoded.x_BSD, encoded_segments_BS=encoded.segments_BS)
         elif encoded is not None:
             made, context = encoded.caches, context._replace(encoded_segments_BS=encoded.segments_BS)
         x_BTD = self.embedding(tokens_BT, positions_BT, context, types_BT)
         written: Caches = {}
+        routings: dict[str, Routing] = {}
         for segment in self.config.segments:
-            x_BTD, new = run_segment(segment, getattr(self, side), x_BTD, context, caches, self.config.remat, made)
+            x_BTD, new, routed = run_segment(
+                segment, getattr(self, side), x_BTD, context, caches, self.config.remat, made
+            )
             written |= new or {}
-        return x_BTD if self.config.norm_placement == "post" else self.final_norm(x_BTD), written
+            routings |= routed
+        return x_BTD if self.config.norm_placement == "post" else self.final_norm(x_BTD), written, routings
 
     def _bias(self, side: str) -> RelativeBias | None:
         """What is added to the scores of a side's layers, the same in all."""
@@ -252,13 +295,9 @@ class Model:
         return jax.tree.map(place, self.logical_axes(), shapes, is_leaf=lambda node: isinstance(node, tuple))
 
     def empty_caches(self, batch: int, length: int) -> Caches:
-        """Key-value caches for `batch` rows of up to `length` positions, zeros, in the compute format."""
-        c = self.config
-        spec = activation_spec(None, "batch", "length", "kv_heads", "head_dim")
-
-        def empty(layers: int) -> LayerCache:
-            shape = (layers, batch, length, c.kv_heads, c.head_width)
-            zeros = jnp.zeros(shape, jnp.dtype(self.precision.compute), out_sharding=spec)
-            return LayerCache(zeros, zeros)
-
-        return {stack.name: empty(len(stack.layers)) for segment in c.segments for stack in segment}
+        """Caches for `batch` rows of up to `length` positions, zeros, in the compute format."""
+        c, dtype = self.config, jnp.dtype(self.precision.compute)
+        empty = attention_of(c).empty_cache
+        return {
+            stack.name: empty(c, len(stack.layers), batch, length, dtype) for segment in c.segments for stack in segment
+        }

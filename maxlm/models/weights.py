@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from maxlm.models.config import ModelConfig
+from maxlm.models.latent_config import LatentConfig
+from maxlm.models.moe_config import MoEConfig
 from maxlm.models.stacks import LayerKind, segments
 from maxlm.parallel.axes_table import STORAGE_AXES, WEIGHTS
 
@@ -25,11 +27,20 @@ class Weight:
     logical: tuple[str, ...]
     layers: int = 1
     stack: str | None = None
-    """the layers' stack, for what belongs to layers"""
+    """the layers' stack, for what belongs to layers; `mtp.0` for the first module that predicts further ahead"""
     product: bool = True
-    """whether every token is multiplied by it; not so norms, biases and tables of vectors"""
+    """whether tokens are multiplied by it; not so norms, biases and tables of vectors"""
     of_encoder: bool = False
     """whether that is so of the tokens of an encoder-decoder's encoder, and not of its decoder's"""
+    used: float = 1.0
+    """the share of it that one token uses: of routed experts those that it goes to"""
+    float32: bool = False
+    """whether it is so whatever `precision.parameters` says"""
+
+    @property
+    def mtp(self) -> bool:
+        """Whether it is of a module that predicts further ahead, which only training uses."""
+        return self.stack is not None and self.stack.startswith("mtp.")
 
     @property
     def size(self) -> int:
@@ -87,6 +98,17 @@ def _weights(c: ModelConfig) -> Iterator[Weight]:
                     of_encoder = weight.of_encoder or (both and side == "encoder")
                     yield replace(weight, layers=len(stack.layers), stack=name, of_encoder=of_encoder)
     yield from _heads(c, d, v)
+    for k in range(c.mtp_layers):
+        for weight in _mtp(c):
+            yield replace(weight, stack=f"mtp.{k}")
+
+
+def _mtp(c: ModelConfig) -> Iterator[Weight]:
+    for _ in ("embedding", "hidden"):
+        yield Weight("mlp", (c.d_model, c.d_model), ("mlp", "embed"))
+        yield from _norm(c)
+    yield from _layer(c, c.layer_kinds[-1])
+    yield from _norm(c)
 
 
 def _heads(c: ModelConfig, d: int, v: int) -> Iterator[Weight]:
@@ -106,8 +128,14 @@ def _heads(c: ModelConfig, d: int, v: int) -> Iterator[Weight]:
 
 
 def _layer(c: ModelConfig, kind: LayerKind) -> Iterator[Weight]:
-    yield from _attention(c, c.d_model, c.n_heads, c.kv_heads, c.head_width)
-    yield from _mlp(c, c.d_model)
+    if c.latent is None:
+        yield from _attention(c, c.d_model, c.n_heads, c.kv_heads, c.head_width)
+    else:
+        yield from _latent_attention(c, c.latent)
+    if kind.experts and c.moe is not None:
+        yield from _moe(c, c.moe, c.d_model)
+    else:
+        yield from _mlp(c, c.d_model, c.d_ff)
     for _ in range((3 if kind.cross else 2) * (c.norms_before + c.norms_after)):
         yield from _norm(c)
     if kind.cross:
@@ -139,12 +167,48 @@ def _attention(c: ModelConfig, d: int, h: int, g: int, k: int) -> Iterator[Weigh
         yield Weight("norm", (g, k), ("kv_heads", "head_dim"), product=False)
 
 
-def _mlp(c: ModelConfig, d: int) -> Iterator[Weight]:
+def _latent_attention(c: ModelConfig, latent: LatentConfig) -> Iterator[Weight]:
+    d, h, k, q_rank = c.d_model, c.n_heads, latent.qk_head_dim, latent.q_rank
+    if q_rank is None:
+        yield Weight("attention", (d, h, k), ("embed", "heads", "head_dim"))
+    else:
+        yield Weight("attention", (d, q_rank), ("embed", "latent"))
+        yield Weight("norm", (q_rank,), ("norm",), product=False)
+        yield Weight("attention", (q_rank, h, k), ("rank", "heads", "head_dim"))
+    yield Weight("attention", (d, latent.cached_width), ("embed", "latent"))
+    yield Weight("norm", (latent.kv_rank,), ("norm",), product=False)
+    up = (latent.kv_rank, h, latent.nope_head_dim + latent.v_head_dim)
+    yield Weight("attention", up, ("rank", "heads", "head_dim"))
+    yield Weight("attention", (h, latent.v_head_dim, d), ("heads", "head_dim", "embed"))
+    if c.attention_out_bias:
+        yield Weight("norm", (d,), ("norm",), product=False)
+
+
+def _mlp(c: ModelConfig, d: int, f: int) -> Iterator[Weight]:
     inner = ("up", "gate") if c.gated else ("up",)
     for _ in inner:
-        yield Weight("mlp", (d, c.d_ff), ("embed", "mlp"))
-    yield Weight("mlp", (c.d_ff, d), ("mlp", "embed"))
+        yield Weight("mlp", (d, f), ("embed", "mlp"))
+    yield Weight("mlp", (f, d), ("mlp", "embed"))
     if c.mlp_bias:
         for _ in inner:
-            yield Weight("mlp", (c.d_ff,), ("mlp",), product=False)
+            yield Weight("mlp", (f,), ("mlp",), product=False)
         yield Weight("norm", (d,), ("norm",), product=False)
+
+
+def _moe(c: ModelConfig, moe: MoEConfig, d: int) -> Iterator[Weight]:
+    e, f, used = moe.n_experts, moe.d_ff, moe.experts_per_token / moe.n_experts
+    yield Weight("mlp", (d, e), ("embed", "router"))
+    if moe.router_bias:
+        yield Weight("norm", (e,), ("router",), product=False)
+    if moe.balance_bias_rate is not None:
+        yield Weight("norm", (e,), ("router",), product=False, float32=True)
+    inner = ("up", "gate") if c.gated else ("up",)
+    for _ in inner:
+        yield Weight("mlp", (e, d, f), ("experts", "embed", "mlp"), used=used)
+    yield Weight("mlp", (e, f, d), ("experts", "mlp", "embed"), used=used)
+    if moe.expert_bias:
+        for _ in inner:
+            yield Weight("mlp", (e, f), ("experts", "mlp"), product=False, used=used)
+        yield Weight("mlp", (e, d), ("experts", "embed"), product=False, used=used)
+    if moe.n_shared_experts:
+        yield from _mlp(c, d, moe.shared_width)

@@ -6,9 +6,14 @@ WEIGHTS: dict[str, tuple[str, ...]] = {
     "layers": (),
     "embed": ("fsdp",),
     "mlp": ("tensor",),
+    "experts": (),
+    "router": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
+    # A latent's width: as what a product makes, whole on every device; as what a product contracts, stored in pieces.
+    "latent": (),
+    "rank": ("fsdp",),
     "vocab": ("tensor",),
     "positions": (),
     "classes": (),
@@ -29,5 +34,6 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
+    "latent": (),
     "vocab": ("tensor",),
 }

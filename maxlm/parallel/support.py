@@ -34,9 +34,20 @@ REFUSALS = (
     ),
     Refusal(
         "mesh.expert > 1",
-        "there are no experts to spread: the model is dense",
+        "experts are not yet spread over devices",
         lambda config: config.mesh.expert != 1,
-        "set mesh.expert=1",
+        "set mesh.expert=1; mesh.fsdp and mesh.tensor shard experts' weights",
+    ),
+    Refusal(
+        "model.moe.balance_loss over a batch with train.accumulation > 1",
+        "the load of a batch is known when the last microbatch is done, and its gradient is needed in the first",
+        lambda config: (
+            config.model.moe is not None
+            and config.model.moe.balance_loss > 0
+            and config.model.moe.balance_loss_over == "batch"
+            and config.train.accumulation > 1
+        ),
+        "set model.moe.balance_loss_over=sequence or train.accumulation=1",
     ),
     Refusal(
         "mesh.context > 1",
@@ -65,6 +76,7 @@ def check_mesh(config: RunConfig, sizes: dict[str, int]) -> None:
         ("model.n_heads", model.n_heads, "mesh.tensor", tensor),
         ("model.n_kv_heads", model.kv_heads, "mesh.tensor", tensor),
         ("model.d_ff", model.d_ff, "mesh.tensor", tensor),
+        ("model.moe.d_ff", model.moe.d_ff if model.moe is not None else tensor, "mesh.tensor", tensor),
         ("the padded vocabulary of model.vocab_size", model.padded_vocab_size, "mesh.tensor", tensor),
         ("train.seq_len", config.train.seq_len, "mesh.tensor", tensor),
         (
@@ -74,6 +86,11 @@ def check_mesh(config: RunConfig, sizes: dict[str, int]) -> None:
             data * fsdp,
         ),
     )
+    if model.latent is not None:
+        ranks = (("model.latent.kv_rank", model.latent.kv_rank), ("model.latent.q_rank", model.latent.q_rank or 0))
+        needs += tuple((name, rank, storage_keys, storage) for name, rank in ranks)
+    if model.mtp_layers:
+        needs += (("model.d_model, with mtp_layers,", model.d_model, "mesh.tensor", tensor),)
     problems = [
         f"{what} = {value} is not a multiple of {axis} = {size}" for what, value, axis, size in needs if value % size
     ]

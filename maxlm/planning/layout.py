@@ -269,7 +269,7 @@ def _assign(sizes: tuple[int, ...], topology: Topology) -> tuple[tuple[tuple[int
 
 
 def _over_slices(sizes: tuple[int, ...], topology: Topology) -> tuple[int, ...]:
-    outer = dict.fromkeys(AXES, 1)
+    outer: dict[str, int] = dict.fromkeys(AXES, 1)
     if topology.slices > 1:
         outer[axis_over_slices(dict(zip(AXES, sizes, strict=True)), topology.slices)] = topology.slices
     return tuple(outer.values())

@@ -114,7 +114,8 @@ def kept_bytes(config: RunConfig, sizes: Mapping[str, int]) -> int:
     ):
         # On the host; or not asked for, where a layer norm has kept what it subtracted the mean from.
         carry = 0
-    return int(config.model.n_layers * (carry + kept_per_layer(config, shapes)))
+    layers = config.model.n_layers + config.model.mtp_layers
+    return int(layers * (carry + kept_per_layer(config, shapes)))
 
 
 def kept_per_layer(config: RunConfig, shapes: Shapes) -> float:
@@ -133,16 +134,25 @@ def kept_per_layer(config: RunConfig, shapes: Shapes) -> float:
 def named_bytes(model: ModelConfig, shapes: Shapes, width: int) -> dict[str, float]:
     """Bytes of each activation that a remat policy can name, one layer."""
     q = shapes.tokens * shapes.heads * model.head_width * width
-    kv = shapes.tokens * shapes.kv_heads * model.head_width * width
+    k = shapes.tokens * shapes.kv_heads * model.head_width * width
+    v = shapes.tokens * shapes.kv_heads * model.value_width * width
+    out = shapes.tokens * shapes.heads * model.value_width * width
+    q_latent = kv_latent = 0
+    if model.latent is not None:
+        q_latent, kv_latent = (
+            shapes.tokens * rank * width for rank in (model.latent.q_rank or 0, model.latent.cached_width)
+        )
     residual = shapes.residual_tokens * model.d_model * width
     inner = shapes.tokens * shapes.d_ff * width
     lse = shapes.tokens * shapes.heads * 4
     return {
         "layer_input": 0,  # kept whatever the policy, and counted there
+        "q_latent": q_latent,
+        "kv_latent": kv_latent,
         "q": q,
-        "k": kv,
-        "v": kv,
-        "flash_out": q * lane_padding(model) + lse,  # the TPU kernel names both so
+        "k": k,
+        "v": v,
+        "flash_out": out * lane_padding(model) + lse,  # the TPU kernel names both so
         "flash_lse": 0,
         "attention_out": 0 if model.parallel_residual else residual,  # no gradient needs it beside a parallel MLP
         "mlp_gate": inner if model.gated else 0,

@@ -9,7 +9,12 @@ from maxlm.models.config import ModelConfig
 
 def products(model: ModelConfig) -> tuple[str, ...]:
     """Names of the results of a layer's products on which gradients depend: the MLP's own where a norm is behind it."""
-    return ("q", "k", "v", "attention_out", "mlp_gate", "mlp_up", *(("mlp_out",) if model.norms_after else ()))
+    found = ["q", "k", "v", "attention_out", "mlp_gate", "mlp_up"]
+    if model.norms_after:
+        found.append("mlp_out")
+    if model.latent is not None:
+        found += ["kv_latent"] if model.latent.q_rank is None else ["q_latent", "kv_latent"]
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,32 @@ class Again:
             return float("flash_out" in self.names)
         if part == "mlp":
             inner = ("mlp_gate", "mlp_up") if model.gated else ("mlp_up",)
-            return sum(name in self.names for name in (*inner, "mlp_out")) / (len(inner) + 1)
-        heads = {"q": model.n_heads, "k": model.kv_heads, "v": model.kv_heads, "attention_out": model.n_heads}
+            repeated, all_of_it = sum(name in self.names for name in (*inner, "mlp_out")), len(inner) + 1
+            if not model.mtp_layers:
+                return repeated / all_of_it
+            # Modules that predict further ahead project two vectors to a layer's input, in units of d_model x d_ff.
+            layers, projections = model.n_layers + model.mtp_layers, 2 * model.mtp_layers * model.d_model / model.d_ff
+            again = layers * repeated + projections * self.gathers
+            return again / (layers * all_of_it + projections)
+        sizes = _projections(model)
         unneeded = {"attention_out"} if model.parallel_residual else set()
-        return sum(n for name, n in heads.items() if name in self.names - unneeded) / sum(heads.values())
+        names = self.names | ({"k", "v"} if model.latent is not None and self.names & {"k", "v"} else set())
+        return sum(n for name, n in sizes.items() if name in names - unneeded) / sum(sizes.values())
+
+
+def _projections(model: ModelConfig) -> dict[str, int]:
+    """Relative FLOPs of each of attention's projections."""
+    if (latent := model.latent) is None:
+        return {"q": model.n_heads, "k": model.kv_heads, "v": model.kv_heads, "attention_out": model.n_heads}
+    d, h = model.d_model, model.n_heads
+    return {
+        "q_latent": d * (latent.q_rank or 0),
+        "q": (latent.q_rank or d) * h * latent.qk_head_dim,
+        "kv_latent": d * latent.cached_width,
+        "k": latent.kv_rank * h * latent.nope_head_dim,  # one product with v's
+        "v": latent.kv_rank * h * latent.v_head_dim,
+        "attention_out": h * latent.v_head_dim * d,
+    }
 
 
 def kept(model: ModelConfig) -> frozenset[str]:

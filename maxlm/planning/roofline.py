@@ -181,6 +181,7 @@ class _Step:
     def embedding(self) -> Part:
         """Tokens' columns travel to the device of the token, and their gradients back; the table stays."""
         n, model = self.config.train.accumulation, self.config.model
+        n *= 1 + model.mtp_layers
         rows = self.shapes.tokens * model.d_model * self.width
         table = next(weight for weight in weights_of(model) if weight.part == "embedding")
         gradient = 4 * table.at_rest(self.sizes, shard_over_data=self.config.mesh.zero == 3)
@@ -191,12 +192,13 @@ class _Step:
 
     def layers(self) -> list[Part]:
         """Projections, scores and MLP, forward and backward; and what the backward pass does again of each."""
-        n, layers, model = self.config.train.accumulation, self.config.model.n_layers, self.config.model
+        n, layers, model = self.config.train.accumulation, self._n_layers, self.config.model
         projections, scores, mlp, _ = self.forward_flops()
         shapes, repeated = self.shapes, again(model)
         residual = shapes.tokens * model.d_model * self.width
-        q = shapes.tokens * shapes.heads * model.head_width * self.width
-        kv = shapes.tokens * shapes.kv_heads * model.head_width * self.width
+        # Queries are as wide as keys, and outputs as values.
+        head_bytes = (model.head_width + model.value_width) / 2 * self.width
+        q, kv = shapes.tokens * shapes.heads * head_bytes, shapes.tokens * shapes.kv_heads * head_bytes
         inner = shapes.tokens * shapes.d_ff * self.width * (2 if model.gated else 1)
         # Bytes of one forward pass through all layers; the backward pass moves twice as many.
         through = {
@@ -227,7 +229,12 @@ class _Step:
         gathers = 2 + (1 if repeated.gathers else 0)
         positions = self.cost("all-gather", residual, *LENGTH) * gathers
         positions += self.cost("reduce-scatter", residual, *LENGTH) * 2
-        return cost + positions * self.config.model.n_layers
+        return cost + positions * self._n_layers
+
+    @property
+    def _n_layers(self) -> int:
+        """The model's, and those of the modules that predict further ahead."""
+        return self.config.model.n_layers + self.config.model.mtp_layers
 
     def _gathered(self, part: str) -> list[Weight]:
         zero3 = self.config.mesh.zero == 3
@@ -245,6 +252,7 @@ class _Step:
     def head(self) -> Part:
         """Three products for every token: logits, and both gradients, made in the forward pass."""
         n, model, shapes = self.config.train.accumulation, self.config.model, self.shapes
+        n *= 1 + model.mtp_layers
         head = shapes.vocab * model.d_model
         residual = shapes.tokens * model.d_model * self.width
         chunks = -(-shapes.tokens // chunk_tokens(self.config, shapes))

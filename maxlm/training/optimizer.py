@@ -9,6 +9,9 @@ import optax
 
 from maxlm.training.config import OptimizerConfig
 
+# Moved by the step's own rule and not by gradients, which are zero: see `models/moe_losses.py`.
+UNTRAINED = ("balance_bias",)
+
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """AdamW without its learning rate: updates are to be multiplied by -learning_rate (see `step.py`).
@@ -25,6 +28,6 @@ def decay_mask(params: Any, no_decay: tuple[str, ...]) -> Any:
     """True for each parameter that decays: those with none of the words in a part of their path."""
 
     def decays(path, _) -> bool:
-        return not any(word in str(part.key) for part in path for word in no_decay)
+        return not any(word in str(part.key) for part in path for word in (*no_decay, *UNTRAINED))
 
     return jax.tree_util.tree_map_with_path(decays, params)

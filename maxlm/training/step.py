@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import optax
 
 from maxlm.models.config import LossConfig
 from maxlm.models.losses import Batch, next_token_loss
+from maxlm.models.moe_losses import rebalanced, routing_metrics
 from maxlm.models.transformer import Model, Params
 from maxlm.parallel.axes import activation_spec
 from maxlm.training.config import OptimizerConfig, SpikeConfig, TrainConfig
@@ -34,11 +36,11 @@ def make_train_step(
     The loss is the mean over the batch's weighted targets, whatever the number of microbatches. A step whose loss or
     gradient norm is not finite or leaps (`SpikeConfig`) leaves parameters and optimizer as they were, is
     counted, and costs no host round trip. Metrics: loss (with z-loss), nll (without), grad_norm, learning_rate,
-    skipped_steps.
+    skipped_steps; and of a mixture of experts balance_loss, router_z_loss and those of `routing_metrics`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        (loss, nll), grads = accumulated_gradients(model, state.params, batch, loss_config, train.accumulation)
+        (loss, parts), grads = accumulated_gradients(model, state.params, batch, loss_config, train.accumulation)
         grads = reshard_tree(grads, placement.optimizer)
         grad_norm = global_norm(grads)
         accept, guard = watch(state.guard, loss, grad_norm, train.spike)
@@ -50,10 +52,13 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         params = jax.tree.map(lambda p, u: (p - learning_rate * u).astype(p.dtype), params, updates)
         params = reshard_tree(params, placement.params)
+        if (routing := parts.pop("routing", None)) is not None:
+            params = rebalanced(model.config, params, routing)
+            parts |= routing_metrics(model.config, routing)
         params, opt_state = select(accept, (params, opt_state), (state.params, state.opt_state))
         metrics = {
             "loss": loss,
-            "nll": nll,
+            **parts,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "skipped_steps": guard.skipped,
@@ -65,8 +70,10 @@ def make_train_step(
 
 def accumulated_gradients(
     model: Model, params: Params, batch: Batch, loss_config: LossConfig, accumulation: int
-) -> tuple[tuple[jax.Array, jax.Array], Params]:
-    """((loss, nll), gradients): means over the batch's weighted targets, one microbatch at a time in float32 sums.
+) -> tuple[tuple[jax.Array, dict[str, Any]], Params]:
+    """((loss, parts), gradients): means over the batch's weighted targets, one microbatch at a time in float32 sums.
+
+    Parts are nll, and of a mixture of experts balance_loss and router_z_loss, and routing: sums (`moe_losses.Counts`).
 
     Microbatch i takes every accumulation-th row, so that each device cuts its own rows and none travel.
     """
@@ -74,7 +81,12 @@ def accumulated_gradients(
 
     def mean_loss(params: Params, micro: Batch):
         total, parts = next_token_loss(model, params, micro, loss_config)
-        return total / targets, parts["nll_sum"] / targets
+        loss, found = total / targets, {"nll": parts["nll_sum"] / targets}
+        if "routing" in parts:
+            found["balance_loss"] = parts["balance_sum"] / targets
+            found["router_z_loss"] = parts["router_z_sum"] / targets
+            found["routing"] = parts["routing"]
+        return loss, found
 
     value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
     if accumulation == 1:
@@ -88,8 +100,11 @@ def accumulated_gradients(
     def add(total, micro):
         return jax.tree.map(jnp.add, total, value_and_grad(params, micro)), None
 
-    zeros = (jnp.zeros(()), jnp.zeros(())), jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
-    return jax.lax.scan(add, zeros, jax.tree.map(split, batch))[0]
+    micros = jax.tree.map(split, batch)
+    sums = jax.eval_shape(mean_loss, params, jax.tree.map(lambda x: x[0], micros))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+    zeros = zeros, jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+    return jax.lax.scan(add, zeros, micros)[0]
 
 
 def global_norm(tree: Params) -> jax.Array:

@@ -14,7 +14,7 @@ from maxlm.inference.generate import bucket, generate, heal, next_logits, prefil
 from maxlm.inference.sampling import Sampling
 from maxlm.kernels.cross_entropy import logits
 from maxlm.parallel.axes import constrain
-from tests import tiny
+from tests import latents, tiny
 from tests.interop import ours_dense
 
 GREEDY = Sampling(temperature=0.0)
@@ -32,6 +32,8 @@ BRICKS = {
         "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16}
     },
     **{name: ours_dense.MODELS[name] for name in ("gemma2", "gemma3", "olmo2", "phi3", "opt", "bloom")},
+    "latent attention": latents.LATENT,
+    "latent attention, whole queries, YaRN on scores": latents.LATENT_LITE,
 }  # fmt: skip
 MESHES = {
     "one device": ({}, 1),

@@ -14,7 +14,7 @@ from maxlm.config import RunConfig, to_yaml
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 from maxlm.models.transformer import Model
 from maxlm.parallel.mesh import MeshConfig, make_mesh
-from tests import tiny
+from tests import latents, tiny
 from tests.interop import ours_dense
 
 # Scalings of RoPE that bear on rows as short as those of the tests.
@@ -44,6 +44,7 @@ MODELS = {
     },
     "gpt2": tiny.GPT2,
     **ours_dense.MODELS,
+    **latents.FAMILIES,
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from tests.interop import public_dense, public_sides
+from tests.interop import public_dense, public_latent, public_sides
 
 LLAMA_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -123,6 +123,7 @@ CASES = {
     "gpt2": GPT2_CONFIG,
     **public_dense.CASES,
 }  # fmt: skip
+CASES |= public_latent.CASES
 
 # With encoders and encoder-decoders.
 EVERY = {**CASES, **public_sides.CASES}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maxlm.models.losses import next_token_loss, token_negative_log_likelihoods
-from tests import tiny
+from tests import latents, tiny
 from tests.interop import ours_dense
 
 BRICKS = {
@@ -35,6 +35,7 @@ BRICKS = {
     "queries and keys normed over all heads": {**ours_dense.OLMO2, "embedding_norm": True, "norm_unit_offset": True},
     "opt": ours_dense.OPT,
     "bloom": {**ours_dense.BLOOM, "tied_embeddings": False},
+    **latents.MODELS,
 }  # fmt: skip
 MESHES = {"fsdp 8": {"fsdp": 8}, "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2}}
 

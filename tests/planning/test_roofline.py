@@ -22,7 +22,7 @@ from maxlm.planning.hlo_loops import executions
 from maxlm.planning.memory_model import predicted_memory, state_bytes
 from maxlm.planning.roofline import Roofline, roofline
 from maxlm.planning.topology import parse_topology
-from tests import tiny
+from tests import latents, tiny
 from tests.interop import ours_dense
 
 COMPILED = json.loads((Path(__file__).parent / "compiled_memory.json").read_text())
@@ -50,6 +50,7 @@ MODELS = {
     "gemma3": ours_dense.GEMMA3 | {"n_kv_heads": 4},
     "bloom": ours_dense.BLOOM | {"n_heads": 4, "n_kv_heads": 4},
     "opt, heads normed together, embeddings normed": ours_dense.OPT | {"qk_norm": "all", "embedding_norm": True},
+    **latents.PLANNED,
 }
 
 

@@ -13,6 +13,7 @@ from maxlm.models.config import ModelConfig
 from maxlm.models.families.bart import BART, MARIAN
 from maxlm.models.families.bert import BERT, BERT_PRETRAINING, DISTILBERT, ROBERTA
 from maxlm.models.families.bloom import BLOOM
+from maxlm.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from maxlm.models.families.gemma2 import GEMMA2
 from maxlm.models.families.gemma3 import GEMMA3
 from maxlm.models.families.gpt2 import GPT2
@@ -28,7 +29,7 @@ from maxlm.models.families.table import Family
 
 # A model of two families is exported as the first of them.
 FAMILIES = (
-    LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3, GPT_NEOX, GPT2, OPT, BLOOM,
+    LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3, DEEPSEEK_V3, DEEPSEEK_V2, GPT_NEOX, GPT2, OPT, BLOOM,
     BERT, BERT_PRETRAINING, ROBERTA, DISTILBERT, T5, MT5, BART, MARIAN,
 )  # fmt: skip
 

@@ -131,7 +131,7 @@ _BERT_NAMES = {
 
 def _head(dense: str, layer_norm: str, bias: str) -> tuple[Weight, ...]:
     return (
-        Weight(("head.transform.kernel",), f"{dense}.weight", "de -> ed"),
+        Weight(("head.transform.kernel",), f"{dense}.weight", "dD -> Dd"),
         Weight(("head.transform.bias",), f"{dense}.bias", "d -> d"),
         *norm("head.transform.norm", layer_norm),
         Weight(("head.bias",), bias, "v -> v"),
@@ -139,10 +139,10 @@ def _head(dense: str, layer_norm: str, bias: str) -> tuple[Weight, ...]:
 
 
 _NEXT_SENTENCE = (
-    Weight(("next_sentence.pooler",), "bert.pooler.dense.weight", "de -> ed"),
+    Weight(("next_sentence.pooler",), "bert.pooler.dense.weight", "dD -> Dd"),
     Weight(("next_sentence.pooler_bias",), "bert.pooler.dense.bias", "d -> d"),
-    Weight(("next_sentence.kernel",), "cls.seq_relationship.weight", "dc -> cd"),
-    Weight(("next_sentence.bias",), "cls.seq_relationship.bias", "c -> c"),
+    Weight(("next_sentence.kernel",), "cls.seq_relationship.weight", "dy -> yd"),
+    Weight(("next_sentence.bias",), "cls.seq_relationship.bias", "y -> y"),
 )
 _POSITION_IDS = r"\w+\.embeddings\.position_ids"
 

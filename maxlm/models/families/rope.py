@@ -21,9 +21,11 @@ NUMBERS = {
     "beta_slow": "beta_slow",
     "attention_factor": "attention_factor",
 }
+# Those of families with latent attention.
+LATENT_NUMBERS = {**NUMBERS, "mscale": "mscale", "mscale_all_dim": "mscale_all_dim"}
 
 
-def read_rope(theirs: Mapping[str, Any]) -> dict[str, Any]:
+def read_rope(theirs: Mapping[str, Any], numbers: Mapping[str, str] = NUMBERS) -> dict[str, Any]:
     """config.json with `rope_theta` and `partial_rotary_factor` at its top, wherever they stood, and `rope_scaling` as
     our section of that name. Raises ConfigError on types and numbers that are not known."""
     read = dict(theirs)
@@ -44,12 +46,12 @@ def read_rope(theirs: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{where}.rope_type = {kind!r}: the types that can be read are default, {', '.join(TYPES)}")
     if kind == "yarn" and rope.get("truncate") is True:
         del rope["truncate"]
-    known = () if kind == "default" else NUMBERS
+    known = () if kind == "default" else numbers
     if unknown := [f"{where}.{name} = {value!r}" for name, value in sorted(rope.items()) if name not in known]:
         raise ConfigError(f"{', '.join(unknown)}: not known for rope_type {kind!r} here")
     if kind == "default":
         return read
-    scaling = {NUMBERS[name]: value for name, value in rope.items()}
+    scaling = {numbers[name]: value for name, value in rope.items()}
     if kind != "linear":
         scaling.setdefault("original_max_seq_len", read.get("max_position_embeddings"))
     return read | {"rope_scaling": {"kind": kind, **scaling}}
@@ -60,7 +62,8 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
     scaling = config.rope_scaling
     if scaling is None:
         return {"rope_scaling": None}
-    given = {theirs: getattr(scaling, ours) for theirs, ours in NUMBERS.items() if getattr(scaling, ours) is not None}
+    numbers = {theirs: getattr(scaling, ours) for theirs, ours in LATENT_NUMBERS.items()}
+    given = {theirs: number for theirs, number in numbers.items() if number is not None}
     return {"rope_scaling": {"rope_type": scaling.kind, **given}}
 
 

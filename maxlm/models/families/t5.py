@@ -72,7 +72,7 @@ def _side(side: str, mlp: int) -> tuple[Weight, ...]:
     final = "encoder_norm" if side == "encoder" else "final_norm"
     bias = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     return (
-        Weight((f"relative.{side}",), bias, "rh -> rh"),
+        Weight((f"relative.{side}",), bias, "bh -> bh"),
         Weight((f"{ours}attention_norm.scale",), f"{theirs}0.layer_norm.weight", "d -> d"),
         *_attention(f"{ours}attention", f"{theirs}0.SelfAttention"),
         Weight((f"{ours}mlp_norm.scale",), f"{theirs}{mlp}.layer_norm.weight", "d -> d"),

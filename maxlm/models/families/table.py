@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from maxlm.errors import ConfigError
 from maxlm.models.config import ModelConfig
+from maxlm.models.moe_config import MoEConfig
 from maxlm.models.stacks import LayerKind, places
 
 # Keys of a Hugging Face config.json, of any family, that do not change what the model computes.
@@ -45,7 +46,18 @@ BOOKKEEPING = frozenset(
 
 # Our keys that change how a model is trained or run, and not what it computes; and the kinds of layers, of which
 # `Family.mixed` says.
-NOT_OF_THE_WEIGHTS = ("init_std", "residual_init_scaling", "remat", "attention_implementation", "attention_pattern")
+NOT_OF_THE_WEIGHTS = (
+    *("init_std", "residual_init_scaling", "remat", "attention_implementation", "attention_pattern"),
+    *("moe.balance_loss", "moe.balance_loss_over", "moe.z_loss"),
+)
+
+
+def value_of(config: ModelConfig, key: str) -> Any:
+    """The value of one of our keys; a dot leads into a section, and there is None under one that is not given."""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name) if value is not None else None
+    return value
 
 
 def always(config: ModelConfig) -> bool:
@@ -68,14 +80,20 @@ class Weight:
     """A line of the table of weights: where a tensor lies here and there, and how its axes are laid.
 
     `layout` says both ways at once: `dhk -> (hk)d` is our `[d, h, k]` as their matrix of `h * k` rows and `d` columns,
-    in letters d embed (e where there are two), h heads, g key-value heads, k head width, f mlp, v vocabulary, p
-    positions, t token types, r ranges of distances, c classes; `n` is an axis of one that is theirs alone. Where
-    several of ours are one of theirs, `n` tells them apart in it: `d(nhk)` has all heads of the first before all of the
-    second, `(hnk)d` one head of each in turn. Where they differ in shape, each has a layout of its own,
-    `hk -> (hk), gk -> (gk)`, and in theirs they lie one behind another along the first axis.
+    in letters d embed (D where there are two), h heads, g key-value heads, k head width, f mlp, v vocabulary, p
+    positions, t token types, b ranges of distances, y classes, e experts, m width of an expert, s width of the shared
+    experts; `n` is an axis of one that is theirs alone. Where several of ours are one of theirs, `n` tells them apart
+    in it: `d(nhk)` has all heads of the first before all of the second, `(hnk)d` one head of each in turn. Where they
+    differ in shape, each has a layout of its own, `hk -> (hk), gk -> (gk)`, and in theirs they lie one behind another
+    along the first axis.
 
     Weights of layers have `{layer}` in `theirs`, the layer's number, and `*` in `ours`, the name of the stack in whose
-    arrays it is, behind `encoder` or `decoder`.
+    arrays it is, behind `encoder` or `decoder`. Where theirs have a tensor an expert, `{expert}` is its number; ours
+    have a further leading axis. Those of modules that predict further ahead have `{module}`, the number of a layer
+    behind the last, and `*` for the module.
+
+    Letters of latent attention: r the queries' latent, c that of keys and values, x the same and the shared key, k a
+    query head, u a head's key without RoPE and its value, w a value head.
     """
 
     ours: tuple[str, ...]
@@ -84,6 +102,8 @@ class Weight:
     when: Callable[[ModelConfig], bool] = always
     kinds: Callable[[LayerKind], bool] = every_kind
     """the kinds of layers that have it"""
+    interleaved: bool = False
+    """whether RoPE turns, of the last `latent.rope_head_dim` channels on our last axis, neighbouring ones in theirs"""
 
     @property
     def layered(self) -> bool:
@@ -104,6 +124,9 @@ class Weight:
         """Their tensors, layer by layer."""
         if not self.when(config):
             return
+        if "{module}" in self.theirs:
+            yield from self._of_modules(config)
+            return
         if not self.layered:
             yield Tensor(self.theirs, self, self.ours, ())
             return
@@ -111,7 +134,26 @@ class Weight:
         for layer, place in enumerate(places(config.sides.get(side, ()))):
             if self.kinds(place.kind):
                 ours = tuple(path.replace("*", place.stack) for path in self.ours)
-                yield Tensor(self.theirs.format(layer=layer), self, ours, (place.index,))
+                for expert, index in self._experts(config):
+                    name = self.theirs.format(layer=layer, expert=expert)
+                    yield Tensor(name, self, ours, (place.index, *index))
+
+    def _of_modules(self, config: ModelConfig) -> Iterator[Tensor]:
+        """Those of the modules that predict further ahead, whose layers are of the last one's kind."""
+        if not self.kinds(config.layer_kinds[-1]):
+            return
+        for k in range(config.mtp_layers):
+            ours = tuple(path.replace("*", str(k)) for path in self.ours)
+            for expert, index in self._experts(config):
+                yield Tensor(self.theirs.format(module=config.n_layers + k, expert=expert), self, ours, index)
+
+    def _experts(self, config: ModelConfig) -> Iterator[tuple[int | None, tuple[int, ...]]]:
+        """The experts that have a tensor of their own, each with its place on ours; one without a number otherwise."""
+        if "{expert}" not in self.theirs or config.moe is None:
+            yield None, ()
+            return
+        for expert in range(config.moe.n_experts):
+            yield expert, (expert,)
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """The shape of their tensor."""
@@ -137,6 +179,8 @@ class Weight:
         array = arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
         if "v" in letters:
             array = array[(slice(None),) * letters.index("v") + (slice(config.vocab_size),)]
+        if self.interleaved:
+            array = array[..., _neighbours(array.shape[-1], config)]
         order = [letters.index(letter) for group in groups for letter in group]
         return np.ascontiguousarray(array.transpose(order).reshape(self.shape(config)))
 
@@ -149,6 +193,8 @@ class Weight:
         letters, groups = self._axes()
         sizes, flat = self._sizes(config), [letter for group in groups for letter in group]
         arrays = tensor.reshape([sizes[letter] for letter in flat]).transpose([flat.index(x) for x in letters])
+        if self.interleaved:
+            arrays = arrays[..., np.argsort(_neighbours(arrays.shape[-1], config))]
         padding = [(0, to - now) for to, now in zip(self.our_shape(config), arrays.shape[1:], strict=True)]
         return [np.pad(array, padding) if "v" in letters else array for array in arrays]
 
@@ -161,16 +207,31 @@ class Weight:
         return f"n{ours}", groups
 
     def _sizes(self, c: ModelConfig) -> dict[str, int]:
-        sizes = {"d": c.d_model, "h": c.n_heads, "g": c.kv_heads, "k": c.head_width, "f": c.d_ff}
-        return (
-            sizes
-            | {"v": c.vocab_size, "p": c.position_offset + c.max_seq_len, "n": len(self.ours)}
-            | {"e": c.d_model, "t": c.token_types, "r": c.relative_buckets, "c": 2}
-        )
+        sizes = {"d": c.d_model, "D": c.d_model, "h": c.n_heads, "g": c.kv_heads, "k": c.head_width, "f": c.d_ff}
+        sizes |= {"v": c.vocab_size, "p": c.position_offset + c.max_seq_len, "n": len(self.ours)}
+        sizes |= {"t": c.token_types, "b": c.relative_buckets, "y": 2}
+        if (latent := c.latent) is not None:
+            up = latent.nope_head_dim + latent.v_head_dim
+            sizes |= {"r": latent.q_rank or 0, "c": latent.kv_rank, "x": latent.cached_width, "u": up}
+            sizes |= {"w": latent.v_head_dim}
+        if c.moe is not None:
+            sizes |= {"e": c.moe.n_experts, "m": c.moe.d_ff, "s": c.moe.shared_width}
+        return sizes
+
+
+def _neighbours(width: int, config: ModelConfig) -> np.ndarray:
+    """For each channel of theirs, whose last ones RoPE turns in neighbouring pairs, ours, where it turns halves."""
+    turned = config.rope_width
+    pairs = np.arange(turned).reshape(2, turned // 2).T.ravel()
+    return np.concatenate([np.arange(width - turned), width - turned + pairs])
 
 
 def _same(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
+
+
+def _as_configured(config: ModelConfig, names: Collection[str]) -> ModelConfig:
+    return config
 
 
 def _no_more(config: ModelConfig) -> dict[str, Any]:
@@ -213,7 +274,7 @@ class Family:
     architecture: str
     """transformers' class for it"""
     keys: Mapping[str, str]
-    """sizes and choices: their config key to ours"""
+    """sizes and choices: their config key to ours; a dot leads into a section of ours"""
     defaults: Mapping[str, Any]
     """what transformers takes for a key of theirs that is not in config.json"""
     constants: Mapping[str, Any]
@@ -229,6 +290,8 @@ class Family:
     """our keys that have one value in this family; those that stand nowhere in it have their defaults"""
     follow: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_keys
     """our keys that in this family follow from others of ours"""
+    assumed: Mapping[str, Any] = field(default_factory=dict)
+    """our keys of which config.json says nothing and that bear on training alone: what a model that is read has"""
     linked: Mapping[str, str] = field(default_factory=dict)
     """our keys that in this family are equal to another of ours"""
     synonyms: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -239,6 +302,10 @@ class Family:
     """a pattern of names of tensors in the files that are no weights, or none of this class"""
     spell: Callable[[str], str] = str
     """an older name of a tensor as it is now"""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """patterns of names of tensors that some files hold a second time, and the name of the first"""
+    as_filed: Callable[[ModelConfig, Collection[str]], ModelConfig] = _as_configured
+    """the model whose tensors, by name, are in the files, where these may lack a part that config.json speaks of"""
     read_config: Callable[[Mapping[str, Any]], dict[str, Any]] = _same
     """brings other spellings of config.json to the keys above; raises ConfigError on what has no equal here"""
     write_config: Callable[[ModelConfig], dict[str, Any]] = _no_more
@@ -249,13 +316,17 @@ class Family:
     """our keys that `misfits` looks at, or that `read_config` and `write_config` translate"""
     mixed: bool = False
     """whether layers may be of several kinds"""
+    all_dense: bool = False
+    """whether, of a family with experts, a model may have none"""
 
     def misfits_of(self, config: ModelConfig) -> list[str]:
         """Why a model is not of this family, a clause for each key; none where it is."""
+        if (config.moe is not None) != self.has_experts and not (config.moe is None and self.all_dense):
+            return [f"model.moe is {'given' if config.moe is not None else 'null'} (its layers are the other kind)"]
         wrong = [
-            f"model.{ours} = {getattr(config, ours)!r} (it has {value!r})"
+            f"model.{ours} = {value_of(config, ours)!r} (it has {value!r})"
             for ours, value in self.bricks.items()
-            if getattr(config, ours) != value
+            if value_of(config, ours) != value and not (config.moe is None and ours.startswith("moe."))
         ]
         followed = self.follow(config.model_dump())
         wrong += [
@@ -263,21 +334,30 @@ class Family:
             for name, value in followed.items()
             if getattr(config, name) != value
         ]
-        known = {*followed, *self.keys.values(), *self.bricks, *self.linked, *self.derived, *NOT_OF_THE_WEIGHTS}
-        for name, ours in ModelConfig.model_fields.items():
+        known = {*followed, *self.keys.values(), *self.bricks, *self.assumed, *self.linked, *self.derived}
+        known |= {*NOT_OF_THE_WEIGHTS, "moe"}
+        fields = {**ModelConfig.model_fields}
+        if config.moe is not None:
+            fields |= {f"moe.{name}": ours for name, ours in MoEConfig.model_fields.items()}
+        for name, ours in fields.items():
             # RoPE's keys say nothing of a model without it.
             if name in known or (config.positions != "rope" and "rope" in name):
                 continue
-            if getattr(config, name) != ours.default:
-                wrong.append(f"model.{name} = {getattr(config, name)!r} (it has {ours.default!r})")
+            if value_of(config, name) != ours.default:
+                wrong.append(f"model.{name} = {value_of(config, name)!r} (it has {ours.default!r})")
         if not self.mixed and len(set(config.layer_kinds)) > 1:
             wrong.append(f"model.attention_pattern = {list(config.attention_pattern)!r} (its layers are all alike)")
         wrong += [
-            f"model.{key} = {getattr(config, key)!r}, model.{other} = {getattr(config, other)!r} (in it they are one)"
+            f"model.{key} = {value_of(config, key)!r}, model.{other} = {value_of(config, other)!r} (in it they are one)"
             for key, other in self.linked.items()
-            if getattr(config, key) != getattr(config, other)
+            if value_of(config, key) != value_of(config, other)
         ]
         return wrong + list(self.misfits(config))
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether its models have layers with experts."""
+        return "moe.n_experts" in self.keys.values()
 
     def tensors(self, config: ModelConfig) -> dict[str, Tensor]:
         """Every tensor of the model's files by name, in order of names."""
@@ -288,7 +368,7 @@ class Family:
         """The config.json of a model that fits. `special_ids` are by `bos`, `eos` and `pad`."""
         filled = {"n_kv_heads": config.kv_heads, "head_dim": config.head_width}
         filled["n_encoder_layers"] = config.n_encoder_layers or config.n_layers
-        theirs = {key: filled.get(ours, getattr(config, ours)) for key, ours in self.keys.items()}
+        theirs = {key: filled.get(ours, value_of(config, ours)) for key, ours in self.keys.items()}
         ids = {f"{name}_token_id": special_ids.get(name) for name in ("bos", "eos", "pad")}
         about = {"architectures": [self.architecture], "model_type": self.model_type, "torch_dtype": dtype}
         theirs |= self.write_config(config)
@@ -316,18 +396,24 @@ class Family:
         values = {ours: read.get(key, self.defaults.get(key)) for key, ours in self.keys.items()}
         values = {ours: value for ours, value in values.items() if value is not None}
         linked = {key: values[other] for key, other in self.linked.items() if other in values}
-        values |= linked | dict(self.bricks)
+        values |= linked | dict(self.bricks) | dict(self.assumed)
+        if self.all_dense and "moe.n_experts" not in values:
+            values = {ours: value for ours, value in values.items() if not ours.startswith("moe.")}
         return self._model_config(values | self.follow(values), origin)
 
     def _model_config(self, values: dict[str, Any], origin: str) -> ModelConfig:
         theirs = {ours: key for key, ours in self.keys.items()}
+        tree: dict[str, Any] = {}
+        for name, value in values.items():
+            section, _, rest = name.rpartition(".")
+            (tree.setdefault(section, {}) if section else tree)[rest] = value
         try:
-            config = ModelConfig.model_validate_json(json.dumps(values), strict=True)
+            config = ModelConfig.model_validate_json(json.dumps(tree), strict=True)
         except ValidationError as error:
             lines = []
             for problem in error.errors():
                 ours = ".".join(map(str, problem["loc"]))
-                key = theirs.get(ours.partition(".")[0], ours)
+                key = theirs.get(ours) or theirs.get(ours.partition(".")[0], ours)
                 lines.append(f"{key} ({ours}): {problem['msg']}" if ours else problem["msg"])
             raise ConfigError(f"{origin}: this model cannot be read:\n  " + "\n  ".join(lines)) from None
         if misfits := self.misfits_of(config):

@@ -1,0 +1,187 @@
+"""A mixture of experts in place of the feed-forward block: a router, experts, and shared experts beside them.
+
+Every device sorts its own tokens by expert, inside `shard_map`, and multiplies them with all experts' weights, which
+are gathered over `fsdp` as a dense block's are, and cut along their inner width by tensor parallelism.
+
+Shape letters besides those of `layers.py`: E experts, F width of one, A experts of a token, C tokens of an expert, R
+rows sorted by expert.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from maxlm.kernels import manual
+from maxlm.kernels.dispatch import collect, order_by_expert, spread
+from maxlm.kernels.grouped_matmul import grouped_matmul
+from maxlm.models.attention import Context
+from maxlm.models.config import ModelConfig
+from maxlm.models.layers import Initializer, project, use
+from maxlm.models.mlp import ACTIVATIONS, MLP
+from maxlm.models.moe_config import MoEConfig
+from maxlm.models.routing import Routing, choose_experts, choose_tokens, load_of, routing_of, within_capacity
+from maxlm.parallel.axes import activation_spec, constrain, mesh_axes, names_in
+
+
+def moe_config(config: ModelConfig) -> MoEConfig:
+    """The section of a model that has experts."""
+    if config.moe is None:
+        raise ValueError("model.moe is null, and a layer with experts was asked for")
+    return config.moe
+
+
+class Router(nnx.Module):
+    """Logits of all experts for each token, in float32; and the balancing bias, which is no part of them."""
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        moe = moe_config(config)
+        self.kernel = init.normal("kernel", (config.d_model, moe.n_experts), ("embed", "router"), config.init_std)
+        if moe.router_bias:
+            self.bias = init.full((moe.n_experts,), ("router",), 0.0)
+        if moe.balance_bias_rate is not None:
+            # In float32 whatever the weights' format: in bfloat16 a step of 0.001 would be lost.
+            exact = Initializer(init.key, jnp.dtype(jnp.float32), init.path, init.layers)
+            self.balance_bias = exact.full((moe.n_experts,), ("router",), 0.0)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits `[B, T, E]`."""
+        logits_BTE = project(x_BTD.astype(jnp.float32), self.kernel, jnp.float32)
+        return logits_BTE + use(self.bias, jnp.float32) if hasattr(self, "bias") else logits_BTE
+
+    @property
+    def balance(self) -> jax.Array | None:
+        """The balancing bias `[E]`, if there is one."""
+        return use(self.balance_bias, jnp.float32) if hasattr(self, "balance_bias") else None
+
+
+class Experts(nnx.Module):
+    """The routed experts' weights, and how tokens go through them."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, init: Initializer):
+        moe = moe_config(config)
+        self.activation, self.gated, self.biased, self.dtype = config.mlp, config.gated, moe.expert_bias, dtype
+        e, d, f = moe.n_experts, config.d_model, moe.d_ff
+        out_std = config.init_std / (2 * config.n_layers) ** 0.5 if config.residual_init_scaling else config.init_std
+        self.up = init.normal("up", (e, d, f), ("experts", "embed", "mlp"), config.init_std)
+        self.down = init.normal("down", (e, f, d), ("experts", "mlp", "embed"), out_std)
+        if self.gated:
+            self.gate = init.normal("gate", (e, d, f), ("experts", "embed", "mlp"), config.init_std)
+        if self.biased:
+            self.up_bias = init.full((e, f), ("experts", "mlp"), 0.0)
+            self.down_bias = init.full((e, d), ("experts", "embed"), 0.0)
+            if self.gated:
+                self.gate_bias = init.full((e, f), ("experts", "mlp"), 0.0)
+
+    def __call__(self, x_BTD: jax.Array, index: jax.Array, weights: jax.Array, *, by_token: bool, context: Context):
+        """Of each token the weighted sum of its experts, `[B, T, D]` as the residual stream lies.
+
+        `index` and `weights` are `[B, T, A]` with each token's experts, or `[B, E, C]` with each expert's tokens.
+        """
+        stored = {name: param[...].astype(self.dtype) for name, param in nnx.to_pure_dict(nnx.state(self)).items()}
+        specs = {name: jax.typeof(weight).sharding.spec for name, weight in stored.items()}
+        choices = activation_spec("batch", "length" if by_token else None, None)
+        out = activation_spec(*context.residual)
+        local = partial(self._local, by_token=by_token, specs=specs, length_axes=mesh_axes(context.residual[1]))
+        run = manual.on_each_device(local, (activation_spec("batch", "length", "embed"), choices, choices, specs), out)
+        return run(x_BTD, index, weights, stored)
+
+    def _local(self, x_BTD, index, weights, stored, *, by_token, specs, length_axes):
+        weight_of = {name: _gathered(weight, specs[name]) for name, weight in stored.items()}
+        # Here and not at the products, so that gradients are added up over tensor parallelism once a token.
+        x_ND = manual.varying(x_BTD.reshape(-1, x_BTD.shape[-1]), mesh_axes("mlp"))
+        if by_token:
+            order = order_by_expert(index.reshape(-1, index.shape[-1]), self.up.shape[-3])
+            y_NAD = collect(self._products(spread(x_ND, order), order.sizes_E, weight_of), order)
+            y_ND = jnp.sum(y_NAD.astype(jnp.float32) * weights.reshape(*y_NAD.shape[:2], 1), axis=1)
+        else:
+            n_rows, n_experts, capacity = index.shape
+            first_B11 = jnp.arange(n_rows, dtype=index.dtype)[:, None, None] * x_BTD.shape[1]
+            source_R, weight_R = (jnp.swapaxes(a, 0, 1).reshape(-1) for a in (index + first_B11, weights))
+            sizes_E = jnp.full((n_experts,), n_rows * capacity, jnp.int32)
+            y_RD = self._products(x_ND[source_R], sizes_E, weight_of).astype(jnp.float32) * weight_R[:, None]
+            y_ND = manual.zeros(x_ND.shape, jnp.float32, y_RD).at[source_R].add(y_RD)
+        y_BTD = y_ND.astype(self.dtype).reshape(x_BTD.shape)
+        if length_axes:
+            return manual.scattered_total(y_BTD, length_axes, 1)
+        return manual.total(y_BTD, mesh_axes("mlp"))
+
+    def _products(self, x_RD: jax.Array, sizes_E: jax.Array, weight_of: dict[str, jax.Array]) -> jax.Array:
+        """Each row through its expert; this device's share of the sum over the inner width."""
+
+        def product(x, name):
+            y = grouped_matmul(x, weight_of[name], sizes_E)
+            if not self.biased:
+                return y
+            bias_EF = weight_of[f"{name}_bias"]
+            if name == "down":
+                bias_EF = jnp.where(manual.index(mesh_axes("mlp")) == 0, bias_EF, 0)
+            # As a product with a column of ones its gradient is summed by groups too.
+            return y + grouped_matmul(jnp.ones_like(x[:, :1]), bias_EF[:, None], sizes_E)
+
+        up_RF = checkpoint_name(product(x_RD, "up"), "expert_up")
+        activation = ACTIVATIONS[self.activation]
+        if self.gated:
+            hidden_RF = activation(checkpoint_name(product(x_RD, "gate"), "expert_gate")) * up_RF
+        else:
+            hidden_RF = activation(up_RF)
+        return product(hidden_RF, "down")
+
+
+def _gathered(weight: jax.Array, spec: jax.sharding.PartitionSpec) -> jax.Array:
+    """Inside: a weight with the pieces that FSDP stores; its gradient is scattered first and then added up over the
+    devices that have the same piece."""
+    batch = mesh_axes("batch")
+    weight = manual.varying(weight, batch)
+    for dimension, entry in enumerate(spec):
+        weight = manual.gathered(weight, tuple(axis for axis in names_in(entry) if axis in batch), dimension)
+    return weight
+
+
+class MoE(nnx.Module):
+    """The router chooses, the experts do the work, and shared experts take every token."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, init: Initializer):
+        self.config = moe_config(config)
+        self.router = Router(config, init.at("router"))
+        self.experts = Experts(config, dtype, init.at("experts"))
+        if self.config.n_shared_experts:
+            self.shared = MLP(config, dtype, init.at("shared"), d_ff=self.config.shared_width)
+
+    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
+        """The block's addition to the residual stream, and what the router did."""
+        x_BTD = constrain(x_BTD, "batch", "length", "embed")
+        logits_BTE = self.router(x_BTD)
+        segments_BT = context.segments_BT
+        valid_BT = jnp.ones_like(logits_BTE[..., 0], bool) if segments_BT is None else segments_BT > 0
+        y_BTD, load_BE, dropped_B = self._routed(x_BTD, logits_BTE, valid_BT, context)
+        if hasattr(self, "shared"):
+            y_BTD = y_BTD + self.shared(x_BTD, context)
+        routing = routing_of(logits_BTE, load_BE, dropped_B, valid_BT, self.config)
+        return checkpoint_name(y_BTD, "mlp_out"), routing
+
+    def _routed(self, x_BTD, logits_BTE, valid_BT, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What the routed experts add, the load of each, and how many choices (or tokens) were left out."""
+        n_experts = self.config.n_experts
+        if self.config.router == "expert_choice":
+            tokens_BEC, weights_BEC = choose_tokens(logits_BTE, valid_BT, self.config)
+            y_BTD = self.experts(x_BTD, tokens_BEC, weights_BEC, by_token=False, context=context)
+            taken_BEC = weights_BEC > 0
+            load_BE = jnp.sum(taken_BEC, axis=2, dtype=jnp.int32)
+            position_T = jnp.arange(x_BTD.shape[1])
+            taken_BTE = jnp.any((tokens_BEC[:, None] == position_T[:, None, None]) & taken_BEC[:, None], axis=3)
+            left_out_BT = valid_BT & ~jnp.any(taken_BTE, axis=2)
+            return y_BTD, load_BE, jnp.sum(left_out_BT, axis=1, dtype=jnp.int32)
+        experts_BTA, weights_BTA = choose_experts(logits_BTE, self.router.balance, valid_BT, self.config)
+        load_BE = load_of(experts_BTA, n_experts)
+        if context.lengths_B is None:
+            experts_BTA = within_capacity(experts_BTA, self.config)
+        kept_BTA = experts_BTA < n_experts
+        weights_BTA = jnp.where(kept_BTA, weights_BTA, 0.0)
+        y_BTD = self.experts(x_BTD, experts_BTA, weights_BTA, by_token=True, context=context)
+        dropped_B = jnp.sum(load_BE, axis=1) - jnp.sum(kept_BTA, axis=(1, 2), dtype=jnp.int32)
+        return y_BTD, load_BE, dropped_B
