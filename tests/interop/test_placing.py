@@ -1,0 +1,96 @@
+"""Large models through small hosts: what import and export hold beside the parameters, and where these end up."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from maxlm.config import load_config
+from maxlm.interop.files import SINGLE, TensorFiles, TensorSpec, write_safetensors
+from maxlm.interop.huggingface import import_model
+from maxlm.interop.placing import leaf, read_params
+from maxlm.models.families import family_for, family_of
+from maxlm.models.transformer import Model
+from maxlm.parallel.axes_table import WEIGHTS
+from maxlm.parallel.mesh import MeshConfig, make_mesh
+from tests import tiny
+from tests.interop import ours, public
+
+# Tensors of 4 MiB, 24 of them stacked in one of our arrays: 97 MiB.
+LARGE = {
+    **public.LLAMA_CONFIG, "hidden_size": 256, "intermediate_size": 4096, "num_hidden_layers": 24, "head_dim": 64,
+    "vocab_size": 4096, "attention_bias": False, "mlp_bias": False,
+}  # fmt: skip
+TENSOR = 4 * 256 * 4096
+
+# Runs in a process of its own: the most memory that reading and writing hold beyond what was there before, in bytes.
+# Pages of a mapped file count while they are mapped, as everything else.
+MEASURE = """
+import gc, json, sys
+from pathlib import Path
+import jax
+from maxlm.inference.load import inference_mesh
+from maxlm.interop.files import TensorFiles
+from maxlm.interop.huggingface import export_params, import_model
+from maxlm.interop.placing import read_params
+from maxlm.models.config import PrecisionConfig
+from maxlm.models.families import family_of
+from maxlm.models.transformer import Model
+
+def memory(name):
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+    return int(line.split()[1]) * 1024
+
+def growth(run):
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = memory("VmRSS:")
+    result = run()
+    return result, memory("VmHWM:") - before
+
+folder, out = map(Path, sys.argv[1:])
+theirs = json.loads((folder / "config.json").read_text())
+family = family_of(theirs, "config.json")
+config = family.from_hf_config(theirs, "config.json")
+mesh = inference_mesh(config)
+precision = PrecisionConfig(parameters="float32", compute="float32")
+with jax.set_mesh(mesh):
+    abstract = Model(config, precision).abstract_params(mesh)
+    files = TensorFiles(folder)
+    read = lambda: jax.block_until_ready(read_params(files.read, family, config, abstract))
+    export = lambda: export_params(config, params, out, None, "bfloat16")
+    params, reading = growth(read)
+    _, writing = growth(export)
+print(json.dumps({"parameters": sum(x.nbytes for x in jax.tree.leaves(params)), "reading": reading, "writing": writing}))
+"""
+
+
+@pytest.mark.processes
+def test_beside_the_parameters_import_and_export_hold_a_few_tensors_and_not_a_stack_of_them(tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "config.json").write_text(json.dumps(LARGE))
+    family = family_of(LARGE, "config.json")
+    config = family.from_hf_config(LARGE, "config.json")
+    specs = [
+        TensorSpec(name, shape, "float32", lambda shape=shape: np.full(shape, 0.5, np.float32))
+        for name, shape in ((name, tensor.weight.shape(config)) for name, tensor in family.tensors(config).items())
+    ]
+    write_safetensors(theirs / SINGLE, specs)
+    ended = subprocess.run(
+        [sys.executable, "-c", MEASURE, theirs, tmp_path / "out"],
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["parameters"] > 70 * TENSOR
+    # A tensor of the file, the part of it for the device, and it there; the rest is for programs and allocators. The
+    # stack alone is 24 tensors.
+    assert found["reading"] < found["parameters"] + 12 * TENSOR, found
+    assert found["writing"] < 12 * TENSOR, found
