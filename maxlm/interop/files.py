@@ -130,16 +130,46 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o755)
         os.rename(temporary, out)
-        descriptor = os.open(out.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(out.parent)
     except OSError as error:
         raise storage_error(error, str(out)) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(out: Path) -> Iterator[Path]:
+    """A file to write, which becomes `out` when the block ends well and vanishes when it does not.
+
+    Raises StorageError where `out` cannot be written, or is there already.
+    """
+    temporary = None
+    try:
+        if out.exists():
+            raise StorageError(f"{out}: is there already; name another file, or move it away")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.writing-")
+        os.close(descriptor)
+        temporary = Path(name)
+        yield temporary
+        temporary.chmod(0o644)
+        _sync(temporary)
+        os.rename(temporary, out)
+        _sync(out.parent)
+    except OSError as error:
+        raise storage_error(error, str(out)) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def refuse_existing(out: Path) -> None:

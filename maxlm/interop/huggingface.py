@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ import numpy as np
 import maxlm
 from maxlm.data.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer
 from maxlm.errors import ConfigError, DataError
-from maxlm.inference.load import inference_mesh, load_run
+from maxlm.inference.load import LoadedRun, inference_mesh, load_run
 from maxlm.interop.files import (
     DTYPES,
     FORMATS,
@@ -51,15 +52,35 @@ def export_run(run_dir: str | Path, out: str | Path, dtype: str = "float32", ste
 
     Raises ConfigError where no family is equal to the model, StorageError where `out` holds something already.
     """
+    config, tokenizer, load = load_for_export(run_dir, out, step)
+    run = load()
+    with jax.set_mesh(run.mesh):
+        export_params(config.model, run.params, out, tokenizer, dtype)
+
+
+def load_for_export(
+    run_dir: str | Path, out: str | Path, step: int | None
+) -> tuple[RunConfig, Tokenizer | None, Callable[[], LoadedRun]]:
+    """A run's config, its tokenizer, and what loads its weights, when all that can be refused before that has been.
+
+    Raises ConfigError where no family is equal to the model, StorageError where `out` holds something already.
+    """
     from maxlm.config import load_config
 
     config = load_config(Path(run_dir) / "config.yaml")
     family_for(config.model)
     refuse_existing(Path(out))
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer.path is not None else None
-    run = load_run(run_dir, step)
-    with jax.set_mesh(run.mesh):
-        export_params(config.model, run.params, out, tokenizer, dtype)
+    return config, tokenizer, partial(load_run, run_dir, step)
+
+
+def check_tokenizer(tokenizer: Tokenizer | None, config: ModelConfig) -> None:
+    """Raises ConfigError where the tokenizer has more tokens than the model."""
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"{tokenizer.origin} has {tokenizer.vocab_size} tokens and model.vocab_size is {config.vocab_size}: "
+            "the tokenizer is of another model"
+        )
 
 
 def export_params(
@@ -82,11 +103,7 @@ def export_params(
     family = family_for(config)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype!r}: weights are written as {', '.join(DTYPES)}")
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise ConfigError(
-            f"{tokenizer.origin} has {tokenizer.vocab_size} tokens and model.vocab_size is {config.vocab_size}: "
-            "the tokenizer is of another model"
-        )
+    check_tokenizer(tokenizer, config)
     ids = {name: getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
     files = tokenizer.files() if tokenizer is not None else {}
     files["config.json"] = to_json(family.to_hf_config(config, dtype=dtype, special_ids=ids))
@@ -101,10 +118,14 @@ def export_params(
             write_synced(folder / name, content)
 
 
-def _tensor(tensor: Tensor, config: ModelConfig, params: Params, dtype: str) -> np.ndarray:
-    """A tensor of the files, from the device to the host."""
+def to_host(tensor: Tensor, config: ModelConfig, params: Params) -> np.ndarray:
+    """A tensor of the files, from the devices, in the format of the parameters."""
     arrays = [_part_of(leaf(params, path), tensor.index) for path in tensor.ours]
-    found = tensor.weight.export([np.asarray(jax.device_get(array)) for array in arrays], config)
+    return tensor.weight.export([np.asarray(jax.device_get(array)) for array in arrays], config)
+
+
+def _tensor(tensor: Tensor, config: ModelConfig, params: Params, dtype: str) -> np.ndarray:
+    found = to_host(tensor, config, params)
     with np.errstate(over="ignore"):
         cast = found.astype(DTYPES[dtype], copy=False)
     if dtype == "float16" and np.isinf(cast).any() and not np.isinf(found).any():
