@@ -35,8 +35,8 @@ def _same(array: np.ndarray, config: ModelConfig) -> np.ndarray:
 
 
 def _interleaved(array: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Rows of queries or keys with the pairs that RoPE turns side by side, as llama.cpp has them for Llama; ours are the
-    first and the second half of a head."""
+    """Rows of queries or keys with the pairs that RoPE turns side by side, as llama.cpp has them for Llama; ours are in
+    the first and the second half of a head."""
     k = config.head_width
     return array.reshape(-1, 2, k // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 

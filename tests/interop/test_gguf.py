@@ -1,16 +1,19 @@
 """GGUF files in the hands of llama.cpp itself; skipped where it or the gguf package is not installed."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxlm.data.tokenizer import load_tokenizer
 from maxlm.inference.generate import generate
-from maxlm.inference.load import load_run
 from maxlm.inference.sampling import Sampling
-from maxlm.interop.gguf import export_run
+from maxlm.interop.gguf import export_params, export_run
+from maxlm.kernels.cross_entropy import logits
+from maxlm.models.transformer import Model
+from maxlm.parallel.mesh import MeshConfig, make_mesh
 from tests import tiny
 from tests.interop import ours
-from tests.interop.test_golden import our_logits
 
 gguf = pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")
@@ -39,6 +42,37 @@ TOLERANCE = {"gpt2": 2e-3, "gpt_neox": 2e-3, "gpt_neox, sequential, tied": 2e-3}
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return ours.tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def made(model):
+    """A model on one device with random parameters: model, mesh, parameters."""
+    run = tiny.config(model=MODELS[model])
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        model = Model(run.model, run.precision)
+        return model, mesh, ours.random_params(model, mesh)
+
+
+def logits_of(model, mesh, params, ids):
+    """Logits `[B, T, vocab]`."""
+
+    @jax.jit
+    def forward(params, ids):
+        module = model.bind(params)
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+        return logits(
+            module(ids, positions, None), module.head_weight(), vocab_size=model.config.vocab_size, softcap=None
+        )
+
+    with jax.set_mesh(mesh):
+        return np.asarray(forward(params, ids.astype(np.int32)))[:, :, : model.config.vocab_size]
+
+
+def exported(path, model, mesh, params, tokenizer, dtype="float32"):
+    """The model in llama.cpp."""
+    with jax.set_mesh(mesh):
+        export_params(model.config, params, path, load_tokenizer(tokenizer), dtype)
+    return load_theirs(path)
 
 
 def prompts():
@@ -70,17 +104,57 @@ def their_greedy(theirs, ids):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_llama_cpp_gives_the_logits_and_greedy_text_of_an_exported_run(model, tmp_path, tokenizer):
-    ours.make_run(tmp_path / "run", MODELS[model], tokenizer)
-    export_run(tmp_path / "run", tmp_path / "model.gguf")
-    run, theirs, ids = load_run(tmp_path / "run"), load_theirs(tmp_path / "model.gguf"), prompts()
-    with jax.set_mesh(run.mesh):
-        expected = our_logits(run, ids)
-        text = generate(
-            run.model, run.params, ids.tolist(), max_tokens=NEW_TOKENS, sampling=Sampling(0.0), eos_id=None, seed=0
-        )
+def test_llama_cpp_gives_the_logits_of_an_exported_model(model, tmp_path, tokenizer):
+    ids, here = prompts(), made(model)
+    expected, theirs = logits_of(*here, ids), exported(tmp_path / "model.gguf", *here, tokenizer)
     assert np.ptp(expected) > 1
-    found = np.stack([their_logits(theirs, row) for row in ids[:2]])
-    print(model, np.abs(found - expected[:2]).max() / np.abs(expected).max())
-    assert np.abs(found - expected[:2]).max() < TOLERANCE.get(model, 5e-5) * np.abs(expected).max()
-    assert [their_greedy(theirs, row) for row in ids[:2]] == text[:2]
+    found = np.stack([their_logits(theirs, row) for row in ids])
+    assert np.abs(found - expected).max() < TOLERANCE.get(model, 5e-6) * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("model", ["llama 3.1", "qwen2", "qwen3"])
+def test_llama_cpp_gives_the_greedy_text_of_an_exported_model(model, tmp_path, tokenizer):
+    ids, (model, mesh, params) = prompts().tolist(), made(model)
+    theirs = exported(tmp_path / "model.gguf", model, mesh, params, tokenizer)
+    with jax.set_mesh(mesh):
+        text = generate(model, params, ids, max_tokens=NEW_TOKENS, sampling=Sampling(0.0), eos_id=None, seed=0)
+    assert [their_greedy(theirs, row) for row in ids] == text
+
+
+# How far logits may be from those of float32, of the largest: by what the format leaves of a weight.
+FORMATS = {"float16": 2e-3, "bfloat16": 2e-2, "q8_0": 3e-2}
+
+
+def test_smaller_formats_are_close_to_float32(tmp_path, tokenizer):
+    ids, here = prompts(), made("llama, wide heads, untied")
+    expected, sizes = logits_of(*here, ids), {}
+    for dtype, tolerance in FORMATS.items():
+        path = tmp_path / f"{dtype}.gguf"
+        theirs = exported(path, *here, tokenizer, dtype)
+        found = np.stack([their_logits(theirs, row) for row in ids])
+        assert np.isfinite(found).all()
+        error = np.abs(found - expected).max() / np.abs(expected).max()
+        assert tolerance / 20 < error < tolerance, (dtype, error)
+        sizes[dtype] = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) > 1)
+    assert sizes["float16"] == sizes["bfloat16"] == round(sizes["q8_0"] * 64 / 34)
+
+
+TEXTS = [
+    "def f(x):\n    return x + 1\n",
+    "  two  spaces, a tab\tand 12345 digits",
+    "Grüße, 世界! \U0001f600",
+    "it's \n\n\n",
+    "<|eos|>",
+]
+
+
+def test_llama_cpp_reads_text_as_the_runs_tokenizer_does(tmp_path, tokenizer):
+    ours.make_run(tmp_path / "run", {**tiny.LLAMA, "vocab_size": 320}, tokenizer)
+    export_run(tmp_path / "run", tmp_path / "model.gguf")
+    theirs, mine = load_theirs(tmp_path / "model.gguf"), load_tokenizer(tokenizer)
+    for text in TEXTS:
+        ids = theirs.tokenize(text.encode(), add_bos=True, special=False)
+        assert ids == [mine.bos_id, *mine.encode(text)], text
+        assert theirs.detokenize(ids).decode() == text
+    assert (theirs.token_bos(), theirs.token_eos()) == (mine.bos_id, mine.eos_id)
+    assert theirs.n_vocab() == 320
