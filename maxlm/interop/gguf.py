@@ -118,8 +118,11 @@ def export_run(run_dir: str | Path, out: str | Path, dtype: str = "float32", ste
 
     Raises ConfigError where llama.cpp has no equal of the model or the tokenizer, StorageError where `out` is there.
     """
+    _check_dtype(dtype)
     config, tokenizer, load = load_for_export(run_dir, out, step)
     architecture_for(config.model)
+    if tokenizer is not None:
+        vocabulary(tokenizer, config.model.vocab_size)
     run = load()
     with jax.set_mesh(run.mesh):
         export_params(config.model, run.params, out, tokenizer, dtype, name=config.name)
@@ -155,8 +158,7 @@ def export_params(
     where `out` cannot be written.
     """
     gguf = _gguf()
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype = {dtype!r}: GGUF is written as {', '.join(DTYPES)}")
+    _check_dtype(dtype)
     architecture, family = architecture_for(config), family_for(config)
     check_tokenizer(tokenizer, config)
     vocab = vocabulary(tokenizer, config.vocab_size) if tokenizer is not None else None
@@ -186,6 +188,12 @@ def export_params(
                 writer.write_tensor_data(_as_stored(array, formats[name], tensor.name))
         finally:
             writer.close()
+
+
+def _check_dtype(dtype: str) -> None:
+    _gguf()
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype = {dtype!r}: GGUF is written as {', '.join(DTYPES)}")
 
 
 def _gguf() -> Any:

@@ -52,10 +52,16 @@ def export_run(run_dir: str | Path, out: str | Path, dtype: str = "float32", ste
 
     Raises ConfigError where no family is equal to the model, StorageError where `out` holds something already.
     """
+    _check_dtype(dtype)
     config, tokenizer, load = load_for_export(run_dir, out, step)
     run = load()
     with jax.set_mesh(run.mesh):
         export_params(config.model, run.params, out, tokenizer, dtype)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype = {dtype!r}: for transformers weights are written as {', '.join(DTYPES)}")
 
 
 def load_for_export(
@@ -63,7 +69,8 @@ def load_for_export(
 ) -> tuple[RunConfig, Tokenizer | None, Callable[[], LoadedRun]]:
     """A run's config, its tokenizer, and what loads its weights, when all that can be refused before that has been.
 
-    Raises ConfigError where no family is equal to the model, StorageError where `out` holds something already.
+    Raises ConfigError where no family is equal to the model or the tokenizer is of another, StorageError where `out`
+    holds something already.
     """
     from maxlm.config import load_config
 
@@ -71,6 +78,7 @@ def load_for_export(
     family_for(config.model)
     refuse_existing(Path(out))
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer.path is not None else None
+    check_tokenizer(tokenizer, config.model)
     return config, tokenizer, partial(load_run, run_dir, step)
 
 
@@ -101,8 +109,7 @@ def export_params(
     """
     out = Path(out)
     family = family_for(config)
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype = {dtype!r}: weights are written as {', '.join(DTYPES)}")
+    _check_dtype(dtype)
     check_tokenizer(tokenizer, config)
     ids = {name: getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
     files = tokenizer.files() if tokenizer is not None else {}
@@ -148,7 +155,7 @@ def import_model(model_dir: str | Path, out: str | Path, dtype: str | None = Non
     tensors of the files are, else float32. On the host there is at most one tensor, whatever the size of the model.
 
     The checkpoint holds parameters alone, to sample from and to export again; there is no optimizer's state to go on
-    training from. Of the tokenizer, ids and special tokens are kept, and not chat templates.
+    training from. Of the tokenizer, ids, special tokens and the chat template are kept.
 
     Raises DataError where files are missing, damaged or not of the model that config.json says, ConfigError where that
     model has no equal here, StorageError where `out` holds something already or cannot be written.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -58,24 +59,38 @@ def run_segment(
     """
     names = [stack.name for stack in segment]
     graphs, stacked = zip(*(nnx.split(blocks[name]) for name in names), strict=True)
-    stacked_caches = (None,) * len(names) if caches is None else tuple(caches[name] for name in names)
 
     def layer(graph, x_BTD, params, cache):
         return nnx.merge(graph, params)(x_BTD, context, cache)
 
     if caches is None:
         # `prevent_cse` guards against XLA merging the recomputation with the forward pass; a scan already does.
-        layer = jax.checkpoint(layer, policy=remat_policy(remat), prevent_cse=False, static_argnums=0)
+        trained = jax.checkpoint(layer, policy=remat_policy(remat), prevent_cse=False, static_argnums=0)
 
-    def pattern(x_BTD, inputs):
-        written = []
-        for graph, params, cache in zip(graphs, *inputs, strict=True):
-            x_BTD, cache = layer(graph, x_BTD, params, cache)
-            written.append(cache)
-        return x_BTD, tuple(written)
+        def pattern(x_BTD, params):
+            for graph, own in zip(graphs, params, strict=True):
+                x_BTD, _ = trained(graph, x_BTD, own, None)
+            return x_BTD, None
 
-    x_BTD, written = jax.lax.scan(pattern, x_BTD, (stacked, stacked_caches))
-    return x_BTD, None if caches is None else dict(zip(names, written, strict=True))
+        return jax.lax.scan(pattern, x_BTD, stacked)[0], None
+
+    def cached_pattern(carry, inputs):
+        """Each layer's cache is taken from its stack and put back. As inputs and outputs of the scan, the stacks would
+        be there twice, and be copied whole with every token."""
+        (x_BTD, caches), (number, params) = carry, inputs
+        written = {}
+        for name, graph, own in zip(names, graphs, params, strict=True):
+            cache = jax.tree.map(
+                lambda stack: jax.lax.dynamic_index_in_dim(stack, number, keepdims=False), caches[name]
+            )
+            x_BTD, cache = layer(graph, x_BTD, own, cache)
+            put = partial(jax.lax.dynamic_update_index_in_dim, index=number, axis=0)
+            written[name] = jax.tree.map(put, caches[name], cache)
+        return (x_BTD, written), None
+
+    numbers = jnp.arange(len(segment[0].layers), dtype=jnp.int32)
+    carry = (x_BTD, {name: caches[name] for name in names})
+    return jax.lax.scan(cached_pattern, carry, (numbers, stacked))[0]
 
 
 def remat_policy(remat: RematConfig) -> Callable[..., Any]:
