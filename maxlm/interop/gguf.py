@@ -41,6 +41,17 @@ def _interleaved(array: np.ndarray, config: ModelConfig) -> np.ndarray:
     return array.reshape(-1, 2, k // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
+def _own_yarn(config: ModelConfig) -> Iterator[str]:
+    """YaRN's numbers that not every llama.cpp reads from the file."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind != "yarn":
+        return
+    for number in ("attention_factor", "beta_fast", "beta_slow"):
+        default = getattr(scaling.model_copy(update={number: None}).filled_in, number)
+        if abs(getattr(scaling.filled_in, number) - default) > 1e-6 * default:
+            yield f"model.rope_scaling.{number} = {getattr(scaling, number):g} (it has {default:g})"
+
+
 def _no_misfits(config: ModelConfig) -> Iterator[str]:
     return iter(())
 
@@ -67,7 +78,7 @@ class Architecture:
         wrong = list(self.misfits(config))
         if config.rope_scaling is not None and config.rope_scaling.kind not in self.scalings:
             wrong.append(f"model.rope_scaling.kind = {config.rope_scaling.kind!r} (it has {', '.join(self.scalings)})")
-        return wrong
+        return wrong + list(_own_yarn(config))
 
     def relaid(self, tensor: Tensor) -> Tensor:
         """The tensor as it lies in llama.cpp."""
@@ -88,12 +99,17 @@ def _biases(config: ModelConfig) -> Iterator[str]:
         yield "model.attention_bias = False (it has them)"
 
 
+def _wide_heads(config: ModelConfig) -> Iterator[str]:
+    if config.n_heads * config.head_width != config.d_model:
+        yield f"model.head_dim = {config.head_width} (it has d_model / n_heads = {config.d_model / config.n_heads:g})"
+
+
 _LLAMA = Architecture("LLAMA", changes={r"self_attn\.[qk]_proj": _interleaved}, scalings=("linear", "yarn", "llama3"))
 # By `Family.model_type`.
 ARCHITECTURES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "qwen2": Architecture("QWEN2"),
+    "qwen2": Architecture("QWEN2", misfits=_wide_heads),
     "qwen3": Architecture("QWEN3", misfits=_no_biases),
     "gpt2": Architecture(
         "GPT2",
@@ -289,16 +305,6 @@ def _add_rope(writer: Any, config: ModelConfig) -> None:
     writer.add_rope_scaling_factor(scaling.factor)
     if scaling.kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(scaling.original_max_seq_len)
-        for number in ("attention_factor", "beta_fast", "beta_slow"):
-            given, default = (
-                getattr(scaling, number),
-                getattr(scaling.model_copy(update={number: None}).filled_in, number),
-            )
-            if given is not None and abs(given - default) > 1e-6 * default:
-                raise ConfigError(
-                    f"model.rope_scaling.{number} = {given:g}: not every llama.cpp reads it from the file; it has "
-                    f"{default:g}"
-                )
 
 
 def _rope_factors(config: ModelConfig) -> np.ndarray | None:
