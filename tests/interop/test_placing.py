@@ -5,11 +5,17 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from maxlm.interop import placing
 from maxlm.interop.files import SINGLE, TensorSpec, write_safetensors
+from maxlm.interop.placing import leaf, read_params
+from maxlm.models.config import PrecisionConfig
 from maxlm.models.families import family_of
+from maxlm.models.transformer import Model
+from maxlm.parallel.mesh import MeshConfig, make_mesh
 from tests.interop import public
 
 # Tensors of 4 MiB, 24 of them stacked in one of our arrays: 97 MiB.
@@ -31,6 +37,8 @@ from maxlm.interop.huggingface import export_params, import_model
 from maxlm.interop.placing import read_params
 from maxlm.models.config import PrecisionConfig
 from maxlm.models.families import family_of
+from maxlm.models.transformer import Model
+from maxlm.parallel.mesh import MeshConfig, make_mesh
 from maxlm.models.transformer import Model
 
 def memory(name):
@@ -87,3 +95,57 @@ def test_beside_the_parameters_import_and_export_hold_a_few_tensors_and_not_a_st
     # A tensor of the file, the part of it for the device, and it there; a stack is 24 tensors.
     assert found["reading"] < found["parameters"] + 6 * TENSOR, found
     assert found["writing"] < 8 * TENSOR, found
+
+
+MESHES = {
+    "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "tensor 2 x fsdp 4": {"tensor": 2, "fsdp": 4},
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("model", ["llama", "gpt_neox", "gpt2"])
+def test_each_device_gets_its_part(mesh, model, tmp_path):
+    theirs = (
+        {**public.CASES[model], "num_attention_heads": 4, "rotary_pct": 0.5}
+        if model == "gpt_neox"
+        else public.CASES[model]
+    )
+    family = family_of(theirs, "config.json")
+    config = family.from_hf_config(theirs, "config.json")
+    rng, tensors = np.random.default_rng(0), family.tensors(config)
+    shapes = {name: tensor.weight.shape(config) for name, tensor in tensors.items()}
+    stored = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    here = make_mesh(MeshConfig(**MESHES[mesh]), jax.devices())
+    with jax.set_mesh(here):
+        abstract = Model(config, PrecisionConfig(compute="float32")).abstract_params(here)
+        params = read_params(stored.__getitem__, family, config, abstract)
+    for tensor in tensors.values():
+        for number, path in enumerate(tensor.ours):
+            whole, target = tensor.weight.read(stored[tensor.name], config)[number], leaf(abstract, path)
+            found = leaf(params, path)
+            assert found.sharding == target.sharding
+            assert (found.shape, found.dtype) == (target.shape, target.dtype)
+            found = np.asarray(found)[tensor.index]
+            np.testing.assert_array_equal(found[: len(whole)], whole)
+            assert not found[len(whole) :].any()  # the vocabulary's padding
+
+
+def test_of_a_tensor_only_the_devices_own_rows_and_columns_are_asked_for():
+    theirs = public.CASES["llama"]
+    family = family_of(theirs, "config.json")
+    config = family.from_hf_config(theirs, "config.json")
+    tensors = [t for t in family.tensors(config).values() if t.name.endswith("mlp.gate_proj.weight")]
+    asked = []
+
+    class File:
+        def __getitem__(self, box):
+            asked.append(box)
+            return np.ones([axis.stop - axis.start for axis in box], np.float32)
+
+    # The quarter of the second layer's gate that a device of fsdp 2 x tensor 2 holds.
+    bounds = ((24, 48), (0, 40))
+    part = placing._part(lambda tensor: File(), tensors[1:2], 1, (48, 80), np.dtype(np.float32), bounds)
+    assert asked == [(slice(24, 48), slice(0, 40))]
+    assert part.shape == (24, 40)
+    assert part.all()
