@@ -36,7 +36,7 @@ def read_params(read: Read, family: Family, config: ModelConfig, abstract: Param
         for paths, tensors in _together(family, config).items()
         for number, path in enumerate(paths)
     ]
-    arrays = _empty(tuple((f.path, f.target.shape, f.target.dtype, f.sharding) for f in fillings if f.n_steps))
+    arrays = _empty(tuple((f.path, f.target.shape, f.target.dtype, f.sharding) for f in fillings if f.n_steps))()
     for filling in fillings:
 
         def ours(tensor: Tensor, number: int = filling.number) -> np.ndarray:
@@ -96,13 +96,9 @@ def _together(family: Family, config: ModelConfig) -> dict[tuple[str, ...], list
     return found
 
 
-def _empty(arrays: tuple[tuple[str, tuple[int, ...], Any, NamedSharding], ...]) -> dict[str, jax.Array]:
-    """Arrays of zeros of these names, shapes, formats and shardings."""
-    return _zeros_program(arrays)()
-
-
 @cache
-def _zeros_program(arrays: tuple[tuple[str, tuple[int, ...], Any, NamedSharding], ...]) -> Callable[[], Any]:
+def _empty(arrays: tuple[tuple[str, tuple[int, ...], Any, NamedSharding], ...]) -> Callable[[], Any]:
+    """A program that makes arrays of zeros of these names, shapes, formats and shardings."""
     shardings = {name: sharding for name, _, _, sharding in arrays}
     return jax.jit(lambda: {name: jnp.zeros(shape, dtype) for name, shape, dtype, _ in arrays}, out_shardings=shardings)
 
@@ -119,17 +115,17 @@ def _fill(filling: Filling, ours: Callable[[Tensor], np.ndarray], array: jax.Arr
 
     if array is None:
         return step(filling.tensors)
-    tensors = sorted(filling.tensors, key=lambda tensor: tensor.index)
+    filled, tensors = array, sorted(filling.tensors, key=lambda tensor: tensor.index)
     for start, along in groupby(tensors, key=lambda tensor: tensor.index[:n_steps]):
-        array = _write(array, step(list(along)), np.asarray(start, np.int32))
-        array.block_until_ready()  # or many parts wait on the host for their turn
-    return array
+        # Waited for, or many parts would be on the host until their turn comes.
+        filled = jax.block_until_ready(_write(filled, step(list(along)), np.asarray(start, np.int32)))
+    return filled
 
 
 Bounds = tuple[tuple[int, int], ...]
 
 
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+def _bounds(index: Any, shape: tuple[int, ...]) -> Bounds:
     return tuple(axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True))
 
 
