@@ -41,7 +41,8 @@ EXAMPLES = """examples:
   maxlm plan llama3-8b --topology v5p:4x4x4 train.global_batch_tokens=1048576
   maxlm train quickstart --simulate-devices 8 mesh.data=2 mesh.tensor=2
   maxlm generate runs/quickstart --prompt 'def '
-  maxlm export runs/quickstart OUT --to hf
+  maxlm export runs/quickstart OUT --to hf         for transformers; --to gguf for llama.cpp
+  maxlm import hf:DIR runs/theirs                  a Hugging Face model's folder as a run
 
 exit codes: 0 done, 1 other, 2 config, 3 data, 4 checkpoint, 5 storage, 6 cluster. MAXLM_DEBUG=1 shows tracebacks.
 """
@@ -174,17 +175,23 @@ def generate(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """Writes a run's model in a format that others read."""
     run = run_folder(args.run)
-    from maxlm.interop.huggingface import export_run
+    if args.to == "gguf":
+        from maxlm.interop import gguf
 
-    export_run(run, args.out, dtype=args.dtype, step=args.step)
+        gguf.export_run(run, args.out, dtype=args.dtype, step=args.step)
+        print(f"wrote {args.out}; llama.cpp loads it: llama-cli -m {args.out}")
+        return
+    from maxlm.interop import huggingface
+
+    huggingface.export_run(run, args.out, dtype=args.dtype, step=args.step)
     print(f"wrote {args.out}; transformers loads it with AutoModelForCausalLM.from_pretrained({str(args.out)!r})")
 
 
 def import_(args: argparse.Namespace) -> None:
-    """Reads a Hugging Face model folder as a run."""
+    """Reads a model of others as a run."""
     from maxlm.interop.huggingface import import_model
 
-    import_model(args.model_dir, args.out)
+    import_model(args.model, args.out, dtype=args.dtype)
     if (args.out / "tokenizer").is_dir():
         print(f"wrote {args.out}; try: maxlm generate {args.out} --prompt 'Hello'")
     else:
@@ -394,13 +401,27 @@ def _add_model_commands(commands: Any) -> None:
 
     command = _command(commands, "export", export)
     _with_run(command)
-    command.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
-    command.add_argument("--to", choices=["hf"], required=True, help="hf: Hugging Face transformers")
-    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    command.add_argument("out", type=Path, metavar="OUT", help="hf: the folder to write; gguf: the file")
+    command.add_argument(
+        "--to", choices=["hf", "gguf"], required=True, help="hf: Hugging Face transformers; gguf: llama.cpp"
+    )
+    command.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16", "q8_0"],
+        default="float32",
+        help="of the weights (default: float32); q8_0, of GGUF alone: 8 bits and a scale to each 32 of them",
+    )
 
     command = _command(commands, "import", import_)
-    command.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="a folder with config.json and safetensors")
+    command.add_argument(
+        "model", type=_model_of_others, metavar="hf:DIR", help="a Hugging Face model's folder: config.json, safetensors"
+    )
     command.add_argument("out", type=Path, metavar="OUT", help="the run folder to write")
+    command.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of parameters and compute (default: bfloat16 where all of the files is, else float32)",
+    )
 
     command = _command(commands, "report", report)
     command.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
@@ -441,6 +462,11 @@ def _at_least(minimum: int) -> Callable[[str], int]:
         return int(text)
 
     return integer
+
+
+def _model_of_others(text: str) -> Path:
+    """The folder of `hf:DIR`; there is one format to import so far, so DIR alone is it too."""
+    return Path(text.removeprefix("hf:"))
 
 
 def _above_zero(text: str) -> float:

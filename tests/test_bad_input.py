@@ -148,7 +148,7 @@ CASES = {
     "an export onto something": (
         after(lambda s: None, "export", "{}/old", "{}/data", "--to", "hf"), 5, r"data"
     ),
-    "an import of something else": (after(lambda s: None, "import", "{}/data", "{}/new"), 3, r"config\.json"),
+    "an import of something else": (after(lambda s: None, "import", "hf:{}/data", "{}/new"), 3, r"config\.json"),
     "a run's folder that is a file": (after(lambda s: s.run.write_text("")), 5, r"run"),
     "a coordinator without a port": (train("distributed.coordinator=here", "distributed.num_processes=2"), 6, r"here"),
 }  # fmt: skip

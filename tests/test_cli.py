@@ -186,6 +186,7 @@ def test_overrides_may_follow_flags():
         (["generate", "runs/a", "--prompt", "x", "--greedy", "--temperature", "1"], "not allowed with"),
         (["export", "runs/a", "out"], "--to"),
         (["export", "runs/a", "out", "--to", "onnx"], "onnx"),
+        (["import", "hf:a", "out", "--dtype", "float16"], "float16"),
         ([], "COMMAND"),
     ],
 )

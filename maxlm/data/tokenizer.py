@@ -61,6 +61,8 @@ class Tokenizer:
         exact_bytes: whether `token_byte_lengths` of a text's ids adds up to the text's UTF-8 bytes. True for byte-level
             tokenizers; False where text is normalised or spaces are lost (WordPiece, SentencePiece), for which the
             token store records each document's bytes instead.
+        chat_template: how a conversation becomes text, as Hugging Face's tokenizer_config.json has it, or None. It is
+            carried, and nothing here uses it.
         fingerprint: sha256 of what decides the ids.
     """
 
@@ -72,6 +74,7 @@ class Tokenizer:
         *,
         pattern: str | None = None,
         origin: str = "tokenizer",
+        chat_template: Any = None,
         reader: Backend | None = None,
     ):
         """`backend` is a key of `FILE_NAMES`, `content` its file's bytes, `specials` names by `SPECIALS`.
@@ -84,6 +87,7 @@ class Tokenizer:
         self.content = content
         self.pattern = pattern
         self.origin = origin
+        self.chat_template = chat_template
         self.specials = {name: specials.get(name) for name in SPECIALS}
         self._backend = reader or make_backend(backend, content, self.specials, pattern, origin)
         ids = {name: self._special_id(name) for name in SPECIALS}
@@ -106,7 +110,7 @@ class Tokenizer:
         return token_id
 
     def __reduce__(self):
-        return _remake, (self.backend, self.content, self.specials, self.pattern, self.origin)
+        return _remake, (self.backend, self.content, self.specials, self.pattern, self.origin, self.chat_template)
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without bos or eos."""
@@ -136,6 +140,8 @@ class Tokenizer:
                 "model_max_length": 10**30,
                 **names,
             }
+            if self.chat_template is not None:
+                config["chat_template"] = self.chat_template
             files["tokenizer_config.json"] = _json(config)
             files["special_tokens_map.json"] = _json(names)
         sidecar = {
@@ -159,8 +165,10 @@ class Tokenizer:
             write_atomically(Path(folder) / name, content)
 
 
-def _remake(backend: str, content: bytes, specials: dict, pattern: str | None, origin: str) -> Tokenizer:
-    return Tokenizer(backend, content, specials, pattern=pattern, origin=origin)
+def _remake(
+    backend: str, content: bytes, specials: dict, pattern: str | None, origin: str, chat_template: Any
+) -> Tokenizer:
+    return Tokenizer(backend, content, specials, pattern=pattern, origin=origin, chat_template=chat_template)
 
 
 def _json(value: Any) -> bytes:
@@ -184,7 +192,7 @@ def load_tokenizer(source: str | Path | TokenizerConfig) -> Tokenizer:
     path = Path(config.path).expanduser()
     try:
         if path.is_dir():
-            names = [*FILE_NAMES.values(), SIDECAR, "tokenizer_config.json", "special_tokens_map.json"]
+            names = [*FILE_NAMES.values(), *_ASIDE]
             files = {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
         else:
             files = {path.name: path.read_bytes()}
@@ -220,7 +228,15 @@ def tokenizer_from_files(files: Mapping[str, bytes], origin: str, config: Tokeni
         specials = _resolve_specials(files, origin, config, reader, sidecar)
         if backend == "tiktoken":  # Its special tokens are not in the file: now that they are known, it is made anew.
             reader = None
-        tokenizer = Tokenizer(backend, content, specials, pattern=pattern, origin=where, reader=reader)
+        tokenizer = Tokenizer(
+            backend,
+            content,
+            specials,
+            pattern=pattern,
+            origin=where,
+            chat_template=_chat_template(files, origin),
+            reader=reader,
+        )
     except MaxlmError:
         raise
     except Exception as error:  # Rust and C++ raise bare Exception and RuntimeError on a damaged file.
@@ -230,7 +246,8 @@ def tokenizer_from_files(files: Mapping[str, bytes], origin: str, config: Tokeni
     return tokenizer
 
 
-_ASIDE = (SIDECAR, "tokenizer_config.json", "special_tokens_map.json")
+CHAT_TEMPLATE = "chat_template.jinja"
+_ASIDE = (SIDECAR, "tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE)
 
 
 def _brief(error: Exception) -> str:
@@ -248,6 +265,13 @@ def _parse(files: Mapping[str, bytes], name: str, origin: str) -> dict[str, Any]
     if not isinstance(value, dict):
         raise DataError(f"{origin}/{name}: expected a JSON object, not {type(value).__name__}.")
     return value
+
+
+def _chat_template(files: Mapping[str, bytes], origin: str) -> Any:
+    """The chat template: in a file of its own since version 5 of transformers, which goes before the older place."""
+    if CHAT_TEMPLATE in files:
+        return files[CHAT_TEMPLATE].decode("utf-8", errors="replace")
+    return _parse(files, "tokenizer_config.json", origin).get("chat_template")
 
 
 def _check_fingerprint(sidecar: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> None:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +25,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Number formats that weights come in, as numpy and as safetensors call them.
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16), "float16": np.dtype(np.float16)}
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+FORMATS = {code: DTYPES[name] for name, code in CODES.items()}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,14 @@ class TensorSpec:
     def n_bytes(self) -> int:
         """Bytes of the tensor in a file."""
         return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.dtype].itemsize
+
+
+class Stored(NamedTuple):
+    """A tensor that lies in a file: its number format as safetensors call it, and where its first byte is."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
 
 
 def write_shards(folder: Path, specs: list[TensorSpec], max_shard_bytes: int) -> None:
@@ -121,16 +130,46 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o755)
         os.rename(temporary, out)
-        descriptor = os.open(out.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(out.parent)
     except OSError as error:
         raise storage_error(error, str(out)) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(out: Path) -> Iterator[Path]:
+    """A file to write, which becomes `out` when the block ends well and vanishes when it does not.
+
+    Raises StorageError where `out` cannot be written, or is there already.
+    """
+    temporary = None
+    try:
+        if out.exists():
+            raise StorageError(f"{out}: is there already; name another file, or move it away")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.writing-")
+        os.close(descriptor)
+        temporary = Path(name)
+        yield temporary
+        temporary.chmod(0o644)
+        _sync(temporary)
+        os.rename(temporary, out)
+        _sync(out.parent)
+    except OSError as error:
+        raise storage_error(error, str(out)) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def refuse_existing(out: Path) -> None:
@@ -151,14 +190,8 @@ class TensorFiles:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._handles: dict[str, Any] = {}
+        self._tensors: dict[str, Stored] = {}
         self.files = self._weight_map()
-
-    def __enter__(self) -> TensorFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handles.clear()  # closes them
 
     def where(self, name: str) -> str:
         """The file that a tensor is in, for people."""
@@ -166,17 +199,23 @@ class TensorFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape."""
-        return tuple(self._handles[self.files[name]].get_slice(name).get_shape())
+        return self._tensors[name].shape
 
     def dtype(self, name: str) -> str:
         """A tensor's number format, as safetensors call it."""
-        return self._handles[self.files[name]].get_slice(name).get_dtype()
+        return self._tensors[name].dtype
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor."""
+        """A tensor, mapped into memory by itself: what is not used is not read, and it goes when the array goes."""
+        where, dtype = self._tensors[name], FORMATS.get(self._tensors[name].dtype)
+        if dtype is None:
+            raise DataError(f"{self.where(name)}: {name} is of {where.dtype}; weights are read as F32, BF16 or F16")
+        if 0 in where.shape:
+            return np.empty(where.shape, dtype)
         try:
-            return self._handles[self.files[name]].get_tensor(name)
-        except (SafetensorError, OSError) as error:
+            path = self.folder / self.files[name]
+            return np.memmap(path, dtype, mode="r", offset=where.offset, shape=where.shape)
+        except (ValueError, OSError) as error:
             raise DataError(f"{self.where(name)}: {name} cannot be read: {error}") from None
 
     def _weight_map(self) -> dict[str, str]:
@@ -200,14 +239,26 @@ class TensorFiles:
     def _open(self, file: str) -> list[str]:
         path = self.folder / file
         try:
-            handle = safe_open(path, framework="np")
-            names = list(handle.keys())
+            with safe_open(path, framework="np"):  # which checks the header against the file
+                found = _read_header(path)
         except FileNotFoundError:
             raise DataError(f"{path}: there is no such file; the model's folder is not whole") from None
         except (SafetensorError, OSError, ValueError) as error:
             raise DataError(f"{path}: not a safetensors file, or damaged: {error}; copy it again") from None
-        self._handles[file] = handle
-        return names
+        self._tensors |= found
+        return list(found)
+
+
+def _read_header(path: Path) -> dict[str, Stored]:
+    """Where the tensors are in a safetensors file whose header is in order."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(tensor["dtype"], tuple(tensor["shape"]), 8 + length + tensor["data_offsets"][0])
+        for name, tensor in header.items()
+    }
 
 
 def _is_file_name(name: Any) -> bool:

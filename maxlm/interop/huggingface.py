@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -13,9 +14,10 @@ import numpy as np
 import maxlm
 from maxlm.data.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer
 from maxlm.errors import ConfigError, DataError
-from maxlm.inference.load import inference_mesh, load_run
+from maxlm.inference.load import LoadedRun, inference_mesh, load_run
 from maxlm.interop.files import (
     DTYPES,
+    FORMATS,
     TensorFiles,
     TensorSpec,
     named_differences,
@@ -26,6 +28,7 @@ from maxlm.interop.files import (
     write_shards,
     write_synced,
 )
+from maxlm.interop.placing import leaf, read_params
 from maxlm.models.config import ModelConfig
 from maxlm.models.families import Family, family_for, family_of
 from maxlm.models.families.table import Tensor
@@ -35,8 +38,9 @@ if TYPE_CHECKING:
     from maxlm.config import RunConfig
 
 MAX_SHARD_BYTES = 5_000_000_000
-# Number formats of weights on import, by what all tensors of the files are: (parameters, compute).
-PRECISIONS = {frozenset({"BF16"}): ("bfloat16", "bfloat16")}
+# Number format of weights on import, by what all tensors of the files are; else float32, which holds them all.
+DTYPE_OF = {frozenset({"BF16"}): "bfloat16"}
+ROWS_COMPARED = 1024
 IMPORTED = """\
 # A Hugging Face model, read by `maxlm import`. Its files do not say how it was trained: what stands under train,
 # optimizer and schedule is the least that a config needs.
@@ -48,15 +52,43 @@ def export_run(run_dir: str | Path, out: str | Path, dtype: str = "float32", ste
 
     Raises ConfigError where no family is equal to the model, StorageError where `out` holds something already.
     """
+    _check_dtype(dtype)
+    config, tokenizer, load = load_for_export(run_dir, out, step)
+    run = load()
+    with jax.set_mesh(run.mesh):
+        export_params(config.model, run.params, out, tokenizer, dtype)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype = {dtype!r}: for transformers weights are written as {', '.join(DTYPES)}")
+
+
+def load_for_export(
+    run_dir: str | Path, out: str | Path, step: int | None
+) -> tuple[RunConfig, Tokenizer | None, Callable[[], LoadedRun]]:
+    """A run's config, its tokenizer, and what loads its weights, when all that can be refused before that has been.
+
+    Raises ConfigError where no family is equal to the model or the tokenizer is of another, StorageError where `out`
+    holds something already.
+    """
     from maxlm.config import load_config
 
     config = load_config(Path(run_dir) / "config.yaml")
     family_for(config.model)
     refuse_existing(Path(out))
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer.path is not None else None
-    run = load_run(run_dir, step)
-    with jax.set_mesh(run.mesh):
-        export_params(config.model, run.params, out, tokenizer, dtype)
+    check_tokenizer(tokenizer, config.model)
+    return config, tokenizer, partial(load_run, run_dir, step)
+
+
+def check_tokenizer(tokenizer: Tokenizer | None, config: ModelConfig) -> None:
+    """Raises ConfigError where the tokenizer has more tokens than the model."""
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"{tokenizer.origin} has {tokenizer.vocab_size} tokens and model.vocab_size is {config.vocab_size}: "
+            "the tokenizer is of another model"
+        )
 
 
 def export_params(
@@ -77,13 +109,8 @@ def export_params(
     """
     out = Path(out)
     family = family_for(config)
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype = {dtype!r}: weights are written as {', '.join(DTYPES)}")
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise ConfigError(
-            f"{tokenizer.origin} has {tokenizer.vocab_size} tokens and model.vocab_size is {config.vocab_size}: "
-            "the tokenizer is of another model"
-        )
+    _check_dtype(dtype)
+    check_tokenizer(tokenizer, config)
     ids = {name: getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
     files = tokenizer.files() if tokenizer is not None else {}
     files["config.json"] = to_json(family.to_hf_config(config, dtype=dtype, special_ids=ids))
@@ -98,12 +125,16 @@ def export_params(
             write_synced(folder / name, content)
 
 
+def to_host(tensor: Tensor, config: ModelConfig, params: Params) -> np.ndarray:
+    """A tensor of the files, from the devices, in the format of the parameters."""
+    arrays = [_part_of(leaf(params, path), tensor.index) for path in tensor.ours]
+    return tensor.weight.export([np.asarray(jax.device_get(array)) for array in arrays], config)
+
+
 def _tensor(tensor: Tensor, config: ModelConfig, params: Params, dtype: str) -> np.ndarray:
-    """A tensor of the files, from the device to the host."""
-    arrays = [_part_of(_leaf(params, path), tensor.index) for path in tensor.ours]
-    found = tensor.weight.export([np.asarray(jax.device_get(array)) for array in arrays], config)
+    found = to_host(tensor, config, params)
     with np.errstate(over="ignore"):
-        cast = found.astype(DTYPES[dtype])
+        cast = found.astype(DTYPES[dtype], copy=False)
     if dtype == "float16" and np.isinf(cast).any() and not np.isinf(found).any():
         largest = np.abs(found).max()
         raise ConfigError(f"{tensor.name} has a weight of {largest:g}, too large for float16; export as bfloat16")
@@ -117,11 +148,14 @@ def _part_of(stacked: jax.Array, index: tuple[int, ...]) -> jax.Array:
     return part.reshape(rest)
 
 
-def import_model(model_dir: str | Path, out: str | Path) -> None:
+def import_model(model_dir: str | Path, out: str | Path, dtype: str | None = None) -> None:
     """Reads a Hugging Face model's folder into a run's folder: config.yaml, checkpoint of step 0, tokenizer.
 
+    `dtype` is the format of the parameters and of compute, float32 or bfloat16; where not given, bfloat16 where all
+    tensors of the files are, else float32. On the host there is at most one tensor, whatever the size of the model.
+
     The checkpoint holds parameters alone, to sample from and to export again; there is no optimizer's state to go on
-    training from. Of the tokenizer, ids and special tokens are kept, and not chat templates.
+    training from. Of the tokenizer, ids, special tokens and the chat template are kept.
 
     Raises DataError where files are missing, damaged or not of the model that config.json says, ConfigError where that
     model has no equal here, StorageError where `out` holds something already or cannot be written.
@@ -133,16 +167,16 @@ def import_model(model_dir: str | Path, out: str | Path) -> None:
     config = family.from_hf_config(theirs, origin)
     refuse_existing(out)
     tokenizer = _tokenizer_of(source, config)
-    with TensorFiles(source) as files:
-        config = family.as_filed(config, files.files)
-        names = _checked_names(files, family, config)
-        parameters, compute = PRECISIONS.get(frozenset(files.dtype(n) for n in names.values()), ("float32", "float32"))
-        run = _run_config(config, out, tokenizer is not None, parameters, compute)
-        model = Model(run.model, run.precision)
-        mesh = inference_mesh(config)
-        with new_folder(out) as folder, jax.set_mesh(mesh):
-            params = _read_params(files, names, family, config, model.abstract_params(mesh))
-            _write_run(folder, run, params, tokenizer)
+    files = TensorFiles(source)
+    config = family.as_filed(config, files.files)
+    names = _checked_names(files, family, config)
+    dtype = dtype or DTYPE_OF.get(frozenset(files.dtype(name) for name in names.values()), "float32")
+    run = _run_config(config, out, tokenizer is not None, dtype)
+    mesh = inference_mesh(config)
+    with new_folder(out) as folder, jax.set_mesh(mesh):
+        abstract = Model(run.model, run.precision).abstract_params(mesh)
+        params = read_params(lambda name: files.read(names[name]), family, config, abstract)
+        _write_run(folder, run, params, tokenizer)
 
 
 def _tokenizer_of(source: Path, config: ModelConfig) -> Tokenizer | None:
@@ -179,7 +213,7 @@ def _checked_names(files: TensorFiles, family: Family, config: ModelConfig) -> d
     expected = {name: tensor.weight.shape(config) for name, tensor in tensors.items()}
     problems = named_differences({full: files.shape(name) for full, name in names.items()}, expected)
     for name in names.values():
-        if files.dtype(name) not in ("F32", "F16", "BF16"):
+        if files.dtype(name) not in FORMATS:
             problems.append(f"{name} is of {files.dtype(name)}; weights are read as F32, BF16 or F16")
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
@@ -193,38 +227,19 @@ def _checked_names(files: TensorFiles, family: Family, config: ModelConfig) -> d
 
 def _check_copy(files: TensorFiles, name: str, first: str | None, because: str) -> None:
     """Some files hold a tensor a second time. It is left out; that it is the same is not taken on trust."""
-    if first is not None and not np.array_equal(files.read(name), files.read(first)):
+    if first is not None and not _equal(files.read(name), files.read(first)):
         raise DataError(
             f"{files.where(name)}: {name} is not {first}, and config.json says {because}; one of them is wrong"
         )
 
 
-def _read_params(
-    files: TensorFiles, names: dict[str, str], family: Family, config: ModelConfig, abstract: Params
-) -> Params:
-    """The parameters on the devices; on the host there is one at a time, or the few that are one tensor there."""
-    params: Params = {}
-    for paths, tensors in _together(family, config).items():
-        targets = [_leaf(abstract, path) for path in paths]
-        buffers = [np.empty(target.shape, target.dtype) for target in targets]
-        for tensor in tensors:
-            read = tensor.weight.read(files.read(names[tensor.name]), config)
-            for buffer, array in zip(buffers, read, strict=True):
-                buffer[tensor.index] = array
-        for path, buffer, target in zip(paths, buffers, targets, strict=True):
-            _put(params, path, jax.device_put(buffer, target.sharding))
-    return params
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two tensors are one, without either of them whole in memory."""
+    rows = range(0, len(a), ROWS_COMPARED)
+    return a.shape == b.shape and all(np.array_equal(a[i : i + ROWS_COMPARED], b[i : i + ROWS_COMPARED]) for i in rows)
 
 
-def _together(family: Family, config: ModelConfig) -> dict[tuple[str, ...], list[Tensor]]:
-    """The tensors that fill the same of our arrays."""
-    found: dict[tuple[str, ...], list[Tensor]] = {}
-    for tensor in family.tensors(config).values():
-        found.setdefault(tensor.ours, []).append(tensor)
-    return found
-
-
-def _run_config(config: ModelConfig, out: Path, has_tokenizer: bool, parameters: str, compute: str) -> RunConfig:
+def _run_config(config: ModelConfig, out: Path, has_tokenizer: bool, dtype: str) -> RunConfig:
     """The least run that the model can be of."""
     from maxlm.config import RunConfig
 
@@ -237,7 +252,7 @@ def _run_config(config: ModelConfig, out: Path, has_tokenizer: bool, parameters:
             "tokenizer": {"path": str(out / "tokenizer") if has_tokenizer else None},
             "train": {"steps": 1, "seq_len": config.max_seq_len, "global_batch_tokens": config.max_seq_len},
             "optimizer": {"learning_rate": 1e-4},
-            "precision": {"parameters": parameters, "compute": compute},
+            "precision": {"parameters": dtype, "compute": dtype},
         }
     )
 
@@ -253,16 +268,3 @@ def _write_run(folder: Path, run: RunConfig, params: Params, tokenizer: Tokenize
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer")
     write_synced(folder / "config.yaml", text.encode())
-
-
-def _leaf(tree: Any, path: str) -> Any:
-    for part in path.split("."):
-        tree = tree[part]
-    return tree
-
-
-def _put(tree: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = path.split(".")
-    for part in parents:
-        tree = tree.setdefault(part, {})
-    tree[last] = value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -108,28 +109,43 @@ def run_segment(
     """
     names = [stack.name for stack in segment]
     graphs, stacked = zip(*(nnx.split(blocks[name]) for name in names), strict=True)
-    stacked_caches, stacked_encoded = (
-        (None,) * len(names) if found is None else tuple(found[name] for name in names) for found in (caches, encoded)
-    )
 
     def layer(graph, x_BTD, params, cache, encoded):
         return nnx.merge(graph, params)(x_BTD, context, cache, encoded)
 
     if caches is None:
         # `prevent_cse` guards against XLA merging the recomputation with the forward pass; a scan already does.
-        layer = jax.checkpoint(layer, policy=remat_policy(remat), prevent_cse=False, static_argnums=0)
+        trained = jax.checkpoint(layer, policy=remat_policy(remat), prevent_cse=False, static_argnums=0)
 
-    def pattern(x_BTD, inputs):
-        written, routed = [], []
-        for graph, params, cache, encoded in zip(graphs, *inputs, strict=True):
-            x_BTD, cache, routing = layer(graph, x_BTD, params, cache, encoded)
-            written.append(cache)
-            routed.append(routing)
-        return x_BTD, (tuple(written), tuple(routed))
+        def pattern(x_BTD, params):
+            routed = []
+            for graph, own in zip(graphs, params, strict=True):
+                x_BTD, _, routing = trained(graph, x_BTD, own, None, None)
+                routed.append(routing)
+            return x_BTD, tuple(routed)
 
-    x_BTD, (written, routed) = jax.lax.scan(pattern, x_BTD, (stacked, stacked_caches, stacked_encoded))
-    routings = {name: routing for name, routing in zip(names, routed, strict=True) if routing is not None}
-    return x_BTD, None if caches is None else dict(zip(names, written, strict=True)), routings
+        x_BTD, routed = jax.lax.scan(pattern, x_BTD, stacked)
+        return x_BTD, None, {name: one for name, one in zip(names, routed, strict=True) if one is not None}
+
+    def cached_pattern(carry, inputs):
+        """Each layer's cache is taken from its stack and put back. As inputs and outputs of the scan, the stacks would
+        be there twice, and be copied whole with every token."""
+        (x_BTD, caches), (number, params, encoded) = carry, inputs
+        written = {}
+        for name, graph, own, made in zip(names, graphs, params, encoded, strict=True):
+            cache = jax.tree.map(
+                lambda stack: jax.lax.dynamic_index_in_dim(stack, number, keepdims=False), caches[name]
+            )
+            x_BTD, cache, _ = layer(graph, x_BTD, own, cache, made)
+            put = partial(jax.lax.dynamic_update_index_in_dim, index=number, axis=0)
+            written[name] = jax.tree.map(put, caches[name], cache)
+        return (x_BTD, written), None
+
+    numbers = jnp.arange(len(segment[0].layers), dtype=jnp.int32)
+    stacked_encoded = tuple(None if encoded is None else encoded[name] for name in names)
+    carry = (x_BTD, {name: caches[name] for name in names})
+    (x_BTD, written), _ = jax.lax.scan(cached_pattern, carry, (numbers, stacked, stacked_encoded))
+    return x_BTD, written, {}
 
 
 def remat_policy(remat: RematConfig) -> Callable[..., Any]:

@@ -164,12 +164,6 @@ class Weight:
         sizes = self._sizes(config)
         return tuple(math.prod(sizes[letter] for letter in group) for group in groups)
 
-    def our_shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """The shape of each of ours, of one layer, the vocabulary padded."""
-        letters, _ = self._axes()
-        sizes = self._sizes(config) | {"v": config.padded_vocab_size}
-        return tuple(sizes[letter] for letter in letters[1:])
-
     def export(self, arrays: list[np.ndarray], config: ModelConfig) -> np.ndarray:
         """Their tensor from ours, of one layer; the vocabulary's padding is cut off."""
         if self.parts:
@@ -185,7 +179,7 @@ class Weight:
         return np.ascontiguousarray(array.transpose(order).reshape(self.shape(config)))
 
     def read(self, tensor: np.ndarray, config: ModelConfig) -> list[np.ndarray]:
-        """Ours, of one layer, from their tensor; rows of the padded vocabulary are zeros."""
+        """Ours, of one layer and without the vocabulary's padding: views of their tensor, but where channels change places."""
         if self.parts:
             ends = np.cumsum([part.shape(config)[0] for part in self.parts])
             pieces = np.split(tensor, ends[:-1])
@@ -193,10 +187,7 @@ class Weight:
         letters, groups = self._axes()
         sizes, flat = self._sizes(config), [letter for group in groups for letter in group]
         arrays = tensor.reshape([sizes[letter] for letter in flat]).transpose([flat.index(x) for x in letters])
-        if self.interleaved:
-            arrays = arrays[..., np.argsort(_neighbours(arrays.shape[-1], config))]
-        padding = [(0, to - now) for to, now in zip(self.our_shape(config), arrays.shape[1:], strict=True)]
-        return [np.pad(array, padding) if "v" in letters else array for array in arrays]
+        return list(arrays[..., np.argsort(_neighbours(arrays.shape[-1], config))] if self.interleaved else arrays)
 
     def _axes(self) -> tuple[str, list[str]]:
         """The letters of ours, stacked on `n`, and the groups of letters of theirs."""

@@ -1,0 +1,198 @@
+"""GGUF files in the hands of llama.cpp itself; skipped where it or the gguf package is not installed."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.data.tokenizer import load_tokenizer
+from maxlm.errors import ConfigError, StorageError
+from maxlm.inference.generate import generate
+from maxlm.inference.sampling import Sampling
+from maxlm.interop.gguf import architecture_for, export_params, export_run
+from maxlm.kernels.cross_entropy import logits
+from maxlm.models.transformer import Model
+from maxlm.parallel.mesh import MeshConfig, make_mesh
+from tests import tiny
+from tests.interop import ours
+
+gguf = pytest.importorskip("gguf")
+llama_cpp = pytest.importorskip("llama_cpp")
+
+NEW_TOKENS = 32
+ROWS, LENGTH = 8, 16
+F32 = 0  # of ggml's types
+
+MODELS = {
+    "llama, wide heads, untied": {**tiny.LLAMA, "head_dim": 32, "rope_theta": 5e5},
+    "llama, biases, tied": {
+        **tiny.LLAMA, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True, "tied_embeddings": True
+    },
+    **{name: model for name, model in ours.MODELS.items() if name != "qwen3, biases, all layers slide"},
+    # Within its window, which is all of its context, a model with one is a model without.
+    "mistral": {**ours.MODELS["mistral"], "attention_window": 64},
+    "qwen2, all layers slide": {**ours.MODELS["qwen2, all layers slide"], "attention_window": 64, "head_dim": 16},
+    "qwen2, every second layer slides": {**ours.MODELS["qwen2, every second layer slides"], "attention_window": 64},
+    "gpt_neox, sequential, tied": {**tiny.GPT_NEOX, "parallel_residual": False, "tied_embeddings": True},
+}  # fmt: skip
+del MODELS["gpt_neox, sequential, no biases of attention, tied"]
+# llama.cpp takes GELU from a table of float16 numbers (ggml-cpu, GGML_GELU_FP16).
+TOLERANCE = {"gpt2": 2e-3, "gpt_neox": 2e-3, "gpt_neox, sequential, tied": 2e-3}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return ours.tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def made(model):
+    """A model on one device with random parameters: model, mesh, parameters."""
+    run = tiny.config(model=MODELS[model])
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        model = Model(run.model, run.precision)
+        return model, mesh, ours.random_params(model, mesh)
+
+
+def logits_of(model, mesh, params, ids):
+    """Logits `[B, T, vocab]`."""
+
+    @jax.jit
+    def forward(params, ids):
+        module = model.bind(params)
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+        return logits(
+            module(ids, positions, None), module.head_weight(), vocab_size=model.config.vocab_size, softcap=None
+        )
+
+    with jax.set_mesh(mesh):
+        return np.asarray(forward(params, ids.astype(np.int32)))[:, :, : model.config.vocab_size]
+
+
+def exported(path, model, mesh, params, tokenizer, dtype="float32"):
+    """The model in llama.cpp."""
+    with jax.set_mesh(mesh):
+        export_params(model.config, params, path, load_tokenizer(tokenizer), dtype)
+    return load_theirs(path)
+
+
+def prompts():
+    return np.random.default_rng(3).integers(3, 300, (ROWS, LENGTH))
+
+
+def load_theirs(path):
+    """The model in llama.cpp, with all of its numbers float32."""
+    return llama_cpp.Llama(
+        str(path), n_ctx=64, n_threads=1, logits_all=True, verbose=False, type_k=F32, type_v=F32, n_gpu_layers=0
+    )
+
+
+def their_logits(theirs, ids):
+    theirs.reset()
+    theirs.eval([int(i) for i in ids])
+    return theirs.scores[: len(ids)].copy()
+
+
+def their_greedy(theirs, ids):
+    theirs.reset()
+    theirs.eval([int(i) for i in ids])
+    chosen = []
+    while True:
+        chosen.append(int(np.argmax(theirs.scores[theirs.n_tokens - 1])))
+        if len(chosen) == NEW_TOKENS:
+            return chosen
+        theirs.eval([chosen[-1]])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_llama_cpp_gives_the_logits_of_an_exported_model(model, tmp_path, tokenizer):
+    ids, here = prompts(), made(model)
+    expected, theirs = logits_of(*here, ids), exported(tmp_path / "model.gguf", *here, tokenizer)
+    assert np.ptp(expected) > 1
+    found = np.stack([their_logits(theirs, row) for row in ids])
+    assert np.abs(found - expected).max() < TOLERANCE.get(model, 5e-6) * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("model", ["llama 3.1", "qwen2", "qwen3"])
+def test_llama_cpp_gives_the_greedy_text_of_an_exported_model(model, tmp_path, tokenizer):
+    ids, (model, mesh, params) = prompts().tolist(), made(model)
+    theirs = exported(tmp_path / "model.gguf", model, mesh, params, tokenizer)
+    with jax.set_mesh(mesh):
+        text = generate(model, params, ids, max_tokens=NEW_TOKENS, sampling=Sampling(0.0), eos_id=None, seed=0)
+    assert [their_greedy(theirs, row) for row in ids] == text
+
+
+# How far logits may be from those of float32, of the largest: by what the format leaves of a weight (11, 8 and about 7
+# bits; with q8_0 llama.cpp rounds activations too).
+FORMATS = {"float16": 2e-3, "bfloat16": 2e-2, "q8_0": 8e-2}
+
+
+def test_smaller_formats_are_close_to_float32(tmp_path, tokenizer):
+    ids, here = prompts(), made("llama, wide heads, untied")
+    expected, sizes = logits_of(*here, ids), {}
+    for dtype, tolerance in FORMATS.items():
+        path = tmp_path / f"{dtype}.gguf"
+        theirs = exported(path, *here, tokenizer, dtype)
+        found = np.stack([their_logits(theirs, row) for row in ids])
+        assert np.isfinite(found).all()
+        error = np.abs(found - expected).max() / np.abs(expected).max()
+        assert tolerance / 20 < error < tolerance, (dtype, error)
+        sizes[dtype] = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) > 1)
+    assert sizes["float16"] == sizes["bfloat16"] == round(sizes["q8_0"] * 64 / 34)
+
+
+TEXTS = [
+    "def f(x):\n    return x + 1\n",
+    "  two  spaces, a tab\tand 12345 digits",
+    "Grüße, 世界! \U0001f600",
+    "it's \n\n\n",
+    "<|eos|>",
+]
+
+
+def test_llama_cpp_reads_text_as_the_runs_tokenizer_does(tmp_path, tokenizer):
+    ours.make_run(tmp_path / "run", {**tiny.LLAMA, "vocab_size": 320}, tokenizer)
+    export_run(tmp_path / "run", tmp_path / "model.gguf")
+    theirs, mine = load_theirs(tmp_path / "model.gguf"), load_tokenizer(tokenizer)
+    for text in TEXTS:
+        ids = theirs.tokenize(text.encode(), add_bos=True, special=False)
+        assert ids == [mine.bos_id, *mine.encode(text)], text
+        assert theirs.detokenize(ids[1:]).decode() == text
+    assert (theirs.token_bos(), theirs.token_eos()) == (mine.bos_id, mine.eos_id)
+    assert theirs.n_vocab() == 320
+
+
+# What llama.cpp has no equal for: a model, and what the message names of it.
+REFUSED = {
+    "biases of qwen3": ({**tiny.LLAMA, "qk_norm": True, "attention_bias": True, "attention_out_bias": True},
+                        "model.attention_bias = True"),
+    "wide heads of qwen2": ({**tiny.LLAMA, "attention_bias": True, "head_dim": 24}, "model.head_dim = 24"),
+    "llama 3.1's RoPE in qwen3": ({**tiny.LLAMA, "qk_norm": True, "rope_scaling": ours.LLAMA31}, "'llama3'"),
+    "gpt_neox without biases": (
+        {**tiny.GPT_NEOX, "attention_bias": False, "attention_out_bias": False}, "model.attention_bias = False"
+    ),
+    "yarn's own factor": (
+        {**tiny.LLAMA, "rope_scaling": {**ours.YARN, "attention_factor": 2.0}}, "rope_scaling.attention_factor = 2"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_llama_cpp_has_no_equal_for_is_refused_by_name(case, tmp_path):
+    model, message = REFUSED[case]
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        architecture_for(tiny.config(model=model).model)
+
+
+def test_files_are_written_once_and_the_same_each_time(tmp_path, tokenizer):
+    ours.make_run(tmp_path / "run", tiny.LLAMA, tokenizer)
+    for name in ("a.gguf", "b.gguf"):
+        export_run(tmp_path / "run", tmp_path / name)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    with pytest.raises(StorageError, match=r"a\.gguf: is there already"):
+        export_run(tmp_path / "run", tmp_path / "a.gguf")
+    with pytest.raises(ConfigError, match="dtype = 'int4'"):
+        export_run(tmp_path / "run", tmp_path / "c.gguf", "int4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "b.gguf", "run"]
