@@ -65,8 +65,10 @@ def _scalar(config: ModelConfig) -> int:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """RoPE, windows and the scale of scores for config.json."""
-    return write_rope(config) | write_layer_types(config) | {"query_pre_attn_scalar": _scalar(config)}
+    """RoPE, windows and the scale of scores for config.json; transformers runs no model without a window."""
+    window = config.attention_window or config.max_seq_len
+    others = {"sliding_window": window, "query_pre_attn_scalar": _scalar(config)}
+    return write_rope(config) | write_layer_types(config) | others
 
 
 def misfits(config: ModelConfig) -> Iterator[str]:
