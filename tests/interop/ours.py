@@ -15,6 +15,7 @@ from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 from maxlm.models.transformer import Model
 from maxlm.parallel.mesh import MeshConfig, make_mesh
 from tests import tiny
+from tests.interop import ours_moe
 
 # Scalings of RoPE that bear on rows as short as those of the tests.
 LLAMA31 = {
@@ -42,6 +43,7 @@ MODELS = {
         "tied_embeddings": True, "rope_fraction": 1.0, "rope_scaling": YARN
     },
     "gpt2": tiny.GPT2,
+    **ours_moe.MODELS,
 }  # fmt: skip
 
 

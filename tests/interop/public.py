@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from tests.interop import public_moe
+
 LLAMA_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -119,6 +121,7 @@ CASES = {
     "gpt_neox": GPT_NEOX_CONFIG,
     "gpt_neox, sequential": {**GPT_NEOX_CONFIG, "use_parallel_residual": False, "rotary_pct": 1.0},
     "gpt2": GPT2_CONFIG,
+    **public_moe.CASES,
 }  # fmt: skip
 
 
