@@ -221,8 +221,8 @@ class ModelConfig(Section):
     def _experts_fit(self) -> ModelConfig:
         if self.moe is not None and self.moe.first_layer >= self.n_layers:
             raise ValueError(
-                f"moe.first_layer = {self.moe.first_layer} is behind the last of n_layers = {self.n_layers} layers, and "
-                "no layer has experts; leave moe out"
+                f"moe.first_layer = {self.moe.first_layer} is behind the last of n_layers = {self.n_layers} layers, "
+                "and no layer has experts; leave moe out"
             )
         return self
 
@@ -231,9 +231,7 @@ class ModelConfig(Section):
         """The kind of each layer."""
         pattern = self.attention_pattern or ("global" if self.attention_window is None else "local",)
         return tuple(
-            LayerKind(
-                local=pattern[i % len(pattern)] == "local", experts=self.moe is not None and self.moe.in_layer(i)
-            )
+            LayerKind(local=pattern[i % len(pattern)] == "local", experts=self.moe is not None and self.moe.in_layer(i))
             for i in range(self.n_layers)
         )
 

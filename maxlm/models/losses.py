@@ -14,9 +14,7 @@ from maxlm.models.transformer import Model, Params
 Batch = dict[str, jax.Array]
 
 
-def next_token_loss(
-    model: Model, params: Params, batch: Batch, loss: LossConfig
-) -> tuple[jax.Array, dict[str, Any]]:
+def next_token_loss(model: Model, params: Params, batch: Batch, loss: LossConfig) -> tuple[jax.Array, dict[str, Any]]:
     """The summed loss of a batch (see `docs/architecture.md` for its arrays), and its parts, not normalised.
 
     Returns the scalar float32 sum over tokens of weight * (cross-entropy + z_loss * log-partition squared), and

@@ -14,7 +14,7 @@ from maxlm.inference.generate import bucket, generate, heal, next_logits, prefil
 from maxlm.inference.sampling import Sampling
 from maxlm.kernels.cross_entropy import logits
 from maxlm.parallel.axes import constrain
-from tests import tiny
+from tests import tiny, tiny_moe
 
 GREEDY = Sampling(temperature=0.0)
 BRICKS = {
@@ -30,6 +30,8 @@ BRICKS = {
         **tiny.LLAMA, "attention_window": 6, "rope_fraction": 0.5,
         "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16}
     },
+    "experts in every second layer": tiny_moe.QWEN3_MOE,
+    "experts in groups, and shared ones": tiny_moe.DEEPSEEK,
 }  # fmt: skip
 MESHES = {
     "one device": ({}, 1),

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from maxlm.checkpoint import CheckpointConfig, Checkpoints
 from maxlm.config import to_yaml
@@ -41,8 +42,7 @@ def every_expert(params, x_BTD, valid_BT, keys):
         weights = jnp.where(jnp.cumsum(one_hot, axis=1) <= capacity, weights, 0)
     e = params["experts"]
     up, gate = (
-        jnp.einsum("btd,edf->btef", x_BTD, e[name]) + e.get(f"{name}_bias", jnp.zeros(()))
-        for name in ("up", "gate")
+        jnp.einsum("btd,edf->btef", x_BTD, e[name]) + e.get(f"{name}_bias", jnp.zeros(())) for name in ("up", "gate")
     )
     y = jnp.einsum("btef,efd->bted", jax.nn.silu(gate) * up, e["down"]) + e.get("down_bias", jnp.zeros(()))
     return jnp.einsum("bted,bte->btd", y, weights)
@@ -50,8 +50,6 @@ def every_expert(params, x_BTD, valid_BT, keys):
 
 @pytest.mark.parametrize("case", DENSE)
 def test_output_and_gradients_are_those_of_every_expert_on_every_token(case):
-    from flax import nnx
-
     run = tiny.config(model={**tiny.LLAMA, "moe": section(**DENSE[case])})
     program, rng = tiny.program(run), np.random.default_rng(4)
     with jax.set_mesh(program.mesh):
@@ -69,9 +67,13 @@ def test_output_and_gradients_are_those_of_every_expert_on_every_token(case):
             return jnp.sum(y * dy), (y, routing)
 
         (_, (y, routing)), grads = jax.value_and_grad(ours, (0, 1), has_aux=True)(params, x)
-        expected = jax.jit(lambda params, x: every_expert(params, x, segments > 0, DENSE[case]))
-        y_expected = expected(params, x)
-        grads_expected = jax.jit(jax.grad(lambda params, x: jnp.sum(expected(params, x) * dy), (0, 1)))(params, x)
+        y, routing, grads, params, x = jax.device_get((y, routing, grads, params, x))
+
+    def dense(params, x):
+        y = every_expert(params, x, np.asarray(segments) > 0, DENSE[case])
+        return jnp.sum(y * np.asarray(dy)), y
+
+    (_, y_expected), grads_expected = jax.jit(jax.value_and_grad(dense, (0, 1), has_aux=True))(params, x)
     # float32 sums in another order
     np.testing.assert_allclose(y, y_expected, rtol=0, atol=1e-5 * float(jnp.abs(y_expected).max()))
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_expected), strict=True):
@@ -130,21 +132,21 @@ def test_training_falls_and_is_equal_on_a_mesh_and_under_accumulation(tmp_path):
 
 
 def test_the_bias_evens_the_load_of_a_skewed_router_and_no_optimizer_moves_it():
-    model = {**tiny.LLAMA, "n_layers": 1, "moe": section(router="sigmoid", balance_bias_rate=0.05)}
+    model = {**tiny.LLAMA, "n_layers": 1, "moe": section(router="sigmoid", balance_bias_rate=0.01)}
 
     def skewed(program):
         state = program.init_state()
-        bias = jnp.asarray([[0.8, 0.4, 0.0, 0.0, -0.2, -0.8]])
+        bias = jnp.asarray([[0.2, 0.1, 0.0, 0.0, -0.05, -0.2]])
         state.params["decoder"]["0"]["moe"]["router"]["balance_bias"] = bias
         return state
 
-    state, metrics = trained(model, 24, state=skewed, rate=1e-9)
+    _, metrics = trained(model, 24, state=skewed, rate=1e-9)
     ratios = [line["expert_load_ratio/layer_0"] for line in metrics]
     assert ratios[0] > 2.9  # of at most 3: nearly every token chose the first
-    assert max(ratios[-4:]) < 1.5
+    assert max(ratios[-4:]) < 1.6
     still, _ = trained({**model, "moe": section(router="sigmoid", balance_bias_rate=0.0)}, 2, state=skewed, rate=1e-1)
     bias = still.params["decoder"]["0"]["moe"]["router"]["balance_bias"]
-    np.testing.assert_array_equal(bias, np.float32([[0.8, 0.4, 0.0, 0.0, -0.2, -0.8]]))
+    np.testing.assert_array_equal(bias, np.float32([[0.2, 0.1, 0.0, 0.0, -0.05, -0.2]]))
 
 
 def test_the_balancing_bias_is_float32_whatever_the_weights():

@@ -115,9 +115,7 @@ def test_each_expert_takes_the_first_tokens_of_a_row_up_to_its_capacity(factor):
 
 def test_experts_choose_their_best_tokens_of_each_row_and_never_padding():
     config = moe(router="expert_choice", experts_per_token=2)
-    tokens, weights = map(
-        np.asarray, jax.jit(lambda x: choose_tokens(x, VALID, config))(LOGITS.astype(np.float32))
-    )
+    tokens, weights = map(np.asarray, jax.jit(lambda x: choose_tokens(x, VALID, config))(LOGITS.astype(np.float32)))
     scores = softmax(LOGITS)
     capacity = -(-T * 2 // E)
     assert tokens.shape == (B, E, capacity)

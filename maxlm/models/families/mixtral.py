@@ -1,4 +1,4 @@
-"""The Mixtral family (arXiv:2401.04088): transformers' `MixtralForCausalLM`, a Mistral whose layers all have experts."""
+"""The Mixtral family (arXiv:2401.04088): transformers' `MixtralForCausalLM`, a Mistral with experts in every layer."""
 
 from __future__ import annotations
 

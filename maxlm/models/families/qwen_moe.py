@@ -26,8 +26,8 @@ def _read_config(theirs: Mapping[str, Any]) -> dict[str, Any]:
     n_layers = read.get("num_hidden_layers", _DEFAULTS["num_hidden_layers"])
     if not isinstance(dense, list) or not isinstance(step, int) or not isinstance(n_layers, int) or step < 1:
         raise ConfigError(
-            f"mlp_only_layers = {dense!r}, decoder_sparse_step = {step!r}, num_hidden_layers = {n_layers!r}: expected a "
-            "list of layers and two integers, at least 1"
+            f"mlp_only_layers = {dense!r}, decoder_sparse_step = {step!r}, num_hidden_layers = {n_layers!r}: expected "
+            "a list of layers and two integers, at least 1"
         )
     sparse = [layer for layer in range(n_layers) if layer not in dense and (layer + 1) % step == 0]
     every = sparse[1] - sparse[0] if len(sparse) > 1 else max(step, 1)
