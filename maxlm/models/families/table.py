@@ -80,8 +80,8 @@ class Weight:
     """A line of the table of weights: where a tensor lies here and there, and how its axes are laid.
 
     `layout` says both ways at once: `dhk -> (hk)d` is our `[d, h, k]` as their matrix of `h * k` rows and `d` columns,
-    in letters d embed, h heads, g key-value heads, k head width, f mlp, v vocabulary, p positions, e experts, m width of
-    an expert, s width of the shared experts. Where several of ours are one of theirs, `n` tells them apart in it:
+    in letters d embed, h heads, g key-value heads, k head width, f mlp, v vocabulary, p positions, e experts, m width
+    of an expert, s width of the shared experts. Where several of ours are one of theirs, `n` tells them apart in it:
     `d(nhk)` has all heads of the first before all of the second, `(hnk)d` one head of each in turn.
 
     Weights of layers have `{layer}` in `theirs`, the layer's number, and `*` in `ours`, the name of the stack in whose
