@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels import attention_chunked, attention_tpu
+from maxlm.kernels.attention_bias import Bias
 from maxlm.kernels.attention_chunked import Chunking
+from maxlm.kernels.attention_extras import Extras
 from maxlm.kernels.attention_reference import attention_reference
 from maxlm.kernels.manual import bring, on_each_device, platform
 from maxlm.kernels.masks import Mask
@@ -34,6 +36,9 @@ def attention(
     mask: Mask,
     segments_BT: jax.Array | None = None,
     kv_segments_BS: jax.Array | None = None,
+    prefix_BS: jax.Array | None = None,
+    sinks_H: jax.Array | None = None,
+    bias: Bias | None = None,
     softcap: float | None = None,
     scale: float | None = None,
     q_offset_B: jax.Array | None = None,
@@ -44,38 +49,52 @@ def attention(
     Each of the G key and value heads serves H / G query heads in order (arXiv:2305.13245). A query attends to keys
     that `mask` allows and, with segments, that have its own segment number, which is not 0. Queries with nothing to
     attend to give 0. Scores are `softcap * tanh(scale q.k / softcap)` (arXiv:2408.00118), scale 1 / sqrt(K) unless
-    given. Softmax and sums are in float32 whatever the dtypes.
+    given, plus `bias` at the distance of key and query in their rows. Softmax and sums are in float32 whatever the
+    dtypes.
 
-    `kv_segments_BS` is `segments_BT` unless given. `q_offset_B` (int32) places query t of row b at position
-    t + q_offset_B[b] among the keys, for decoding with a cache, and always runs the reference. Backward of the chunked
-    implementation needs what is named `flash_out` and `flash_lse`, for remat policies that save by name.
+    `kv_segments_BS` is `segments_BT` unless given. `prefix_BS` (bool) marks keys that may lie after the query: for
+    them the mask counts without its causal part (prefix language models, arXiv:1910.10683, section 3.2.1). `sinks_H`
+    has a score a head that takes its share of every query's softmax and has no value (GPT-OSS, arXiv:2508.10925).
+    `q_offset_B` (int32) places query t of row b at position t + q_offset_B[b] among the keys, for decoding with a
+    cache, and always runs the reference. Backward of the chunked implementation needs what is named `flash_out` and
+    `flash_lse`, for remat policies that save by name.
 
-    Returns `[B, T, H, V]` in q's dtype. Raises ValueError on shapes that do not fit or an unknown implementation.
+    Returns `[B, T, H, V]` in q's dtype, differentiable in q, k, v, sinks and the bias's array. Raises ValueError on
+    shapes that do not fit or an unknown implementation.
     """
-    _check_shapes(q_BTHK, k_BSGK, v_BSGV, segments_BT, kv_segments_BS)
+    own_segments = kv_segments_BS is None or kv_segments_BS is segments_BT
+    if segments_BT is not None and kv_segments_BS is None:
+        kv_segments_BS = segments_BT
+    extras = Extras(segments_BT, kv_segments_BS, prefix_BS, sinks_H, bias)
+    _check(q_BTHK, k_BSGK, v_BSGV, extras)
     factor: float = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     q_BTHK = bring(q_BTHK, activation_spec("batch", "length", "heads", None))
     k_BSGK = bring(k_BSGK, activation_spec("batch", "length", "kv_heads", None))
     v_BSGV = bring(v_BSGV, activation_spec("batch", "length", "kv_heads", None))
-    if segments_BT is not None:
-        kv_segments_BS = segments_BT if kv_segments_BS is None else kv_segments_BS
-        segments_BT = bring(segments_BT, activation_spec("batch", "length"))
-        kv_segments_BS = bring(kv_segments_BS, activation_spec("batch", "length"))
-    chosen = choose(implementation, attention_tpu.refusal(q_BTHK, k_BSGK, v_BSGV), cached=q_offset_B is not None)
+    extras = extras.brought()
+    refusal = attention_tpu.refusal(q_BTHK, k_BSGK, v_BSGV, extras, mask)
+    chosen = choose(implementation, refusal, cached=q_offset_B is not None)
     if chosen == "reference":
         if q_offset_B is not None:
             q_offset_B = bring(q_offset_B, activation_spec("batch"))
         local = partial(attention_reference, mask=mask, scale=factor, softcap=softcap)
-        specs = (*_specs(), activation_spec("batch"))
+        specs = (*_specs(extras), activation_spec("batch"))
         run = on_each_device(local, specs, activation_spec("batch", "length", "heads", None))
-        return run(q_BTHK, k_BSGK, v_BSGV, segments_BT, kv_segments_BS, q_offset_B)
+        return run(q_BTHK, k_BSGK, v_BSGV, extras, q_offset_B)
     if chosen == "pallas":
-        local = partial(attention_tpu.attend, mask=mask, scale=factor, softcap=softcap, interpret=platform() != "tpu")
-        run = on_each_device(local, _specs(), activation_spec("batch", "length", "heads", None), checked=False)
-        return run(q_BTHK, k_BSGK, v_BSGV, segments_BT, kv_segments_BS)
+        local = partial(
+            attention_tpu.attend,
+            mask=mask,
+            scale=factor,
+            softcap=softcap,
+            own_segments=own_segments,
+            interpret=platform() != "tpu",
+        )
+        run = on_each_device(local, _specs(extras), activation_spec("batch", "length", "heads", None), checked=False)
+        return run(q_BTHK, k_BSGK, v_BSGV, extras)
     tile = CPU_TILE if platform() == "cpu" else ACCELERATOR_TILE
     how = Chunking(mask=mask, scale=factor, softcap=softcap, q_tile=tile, kv_tile=tile)
-    return _chunked(q_BTHK, k_BSGK, v_BSGV, segments_BT, kv_segments_BS, how)
+    return _chunked(q_BTHK, k_BSGK, v_BSGV, extras, how)
 
 
 def choose(implementation: str, pallas_refusal: str | None, *, cached: bool) -> str:
@@ -94,43 +113,45 @@ def choose(implementation: str, pallas_refusal: str | None, *, cached: bool) -> 
     return implementation
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _chunked(q, k, v, segments, kv_segments, how: Chunking) -> jax.Array:
-    return _chunked_forward(q, k, v, segments, kv_segments, how)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _chunked(q, k, v, extras: Extras, how: Chunking) -> jax.Array:
+    return _chunked_forward(q, k, v, extras, how)[0]
 
 
-def _chunked_forward(q, k, v, segments, kv_segments, how: Chunking):
-    if segments is not None:
+def _chunked_forward(q, k, v, extras: Extras, how: Chunking):
+    if extras.segments_BT is not None or extras.prefix_BS is not None:
         # Tied to q, or partial evaluation of a scan over layers finds that the masks of all tiles are the same in every
         # layer and makes them ahead, all at once: gigabytes.
-        q, segments, kv_segments = jax.lax.optimization_barrier((q, segments, kv_segments))
+        q, segments, kv_segments, prefix = jax.lax.optimization_barrier((q, *extras[:3]))
+        extras = extras._replace(segments_BT=segments, kv_segments_BS=kv_segments, prefix_BS=prefix)
     out_specs = (activation_spec("batch", "length", "heads", None), activation_spec("batch", "length", "heads"))
-    run = on_each_device(partial(attention_chunked.forward, how=how), _specs(), out_specs)
-    o, lse = run(q, k, v, segments, kv_segments)
+    run = on_each_device(partial(attention_chunked.forward, how=how), _specs(extras), out_specs)
+    o, lse = run(q, k, v, extras)
     o, lse = checkpoint_name(o, "flash_out"), checkpoint_name(lse, "flash_lse")
-    return o, (q, k, v, segments, kv_segments, o, lse)
+    return o, (q, k, v, extras, o, lse)
 
 
 def _chunked_backward(how: Chunking, residuals, do):
-    q_spec, kv_spec, _, *segment_specs = _specs()
-    in_specs = (q_spec, kv_spec, kv_spec, *segment_specs, q_spec, activation_spec("batch", "length", "heads"), q_spec)
-    run = on_each_device(partial(attention_chunked.backward, how=how), in_specs, (q_spec, kv_spec, kv_spec))
-    return (*run(*residuals, bring(do, q_spec)), None, None)
+    q_spec, kv_spec, _, specs = _specs(residuals[3])
+    in_specs = (q_spec, kv_spec, kv_spec, specs, q_spec, activation_spec("batch", "length", "heads"), q_spec)
+    out_specs = (q_spec, kv_spec, kv_spec, specs.sinks_H, specs.bias)
+    run = on_each_device(partial(attention_chunked.backward, how=how), in_specs, out_specs)
+    dq, dk, dv, dsinks, dbias = run(*residuals, bring(do, q_spec))
+    return dq, dk, dv, Extras(sinks_H=dsinks, bias=dbias)
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _specs():
-    """Shardings of q, k, v and the two arrays of segments."""
+def _specs(extras: Extras):
+    """Shardings of q, k, v and the extras."""
     q = activation_spec("batch", "length", "heads", None)
     kv = activation_spec("batch", "length", "kv_heads", None)
-    segments = activation_spec("batch", "length")
-    return q, kv, kv, segments, segments
+    return q, kv, kv, extras.specs()
 
 
-def _check_shapes(q, k, v, segments, kv_segments) -> None:
-    B, T, H, K = q.shape
+def _check(q, k, v, extras: Extras) -> None:
+    B, _, H, K = q.shape
     S, G = k.shape[1], k.shape[2]
     problems = []
     if k.shape != (B, S, G, K):
@@ -139,12 +160,7 @@ def _check_shapes(q, k, v, segments, kv_segments) -> None:
         problems.append(f"values {v.shape} do not fit keys {k.shape}")
     if H % G:
         problems.append(f"{H} query heads are not a multiple of {G} key heads")
-    if segments is None and kv_segments is not None:
-        problems.append("segments of keys are given and those of queries are not")
-    if segments is not None and segments.shape != (B, T):
-        problems.append(f"segments {segments.shape} do not fit queries {q.shape}")
-    if segments is not None and (segments if kv_segments is None else kv_segments).shape != (B, S):
-        problems.append(f"segments of the keys do not fit keys {k.shape}")
+    problems += extras.problems(q, k)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             problems.append(f"{name} has dtype {x.dtype}, which is not floating point")

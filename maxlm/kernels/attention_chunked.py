@@ -14,12 +14,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.kernels.masks import Mask
+from maxlm.kernels import manual
+from maxlm.kernels.attention_bias import Bias, diagonal_sums, spread_over_diagonals
+from maxlm.kernels.attention_extras import Extras
+from maxlm.kernels.masks import Mask, Tile, TileKind
+from maxlm.parallel.axes import mesh_axes
 
 # Below any real score, and finite, so that a row of masked scores (-inf) gives exp(-inf) = 0 and never inf - inf.
 FLOOR = -1e30
@@ -40,20 +45,22 @@ def forward(
     q_BTHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGV: jax.Array,
-    segments_BT: jax.Array | None,
-    kv_segments_BS: jax.Array | None,
+    extras: Extras,
     *,
     how: Chunking,
 ) -> tuple[jax.Array, jax.Array]:
-    """The output `[B, T, H, V]` in q's dtype and `lse` `[B, T, H]` float32, +inf with nothing to attend to."""
+    """The output `[B, T, H, V]` in q's dtype and `lse` `[B, T, H]` float32, +inf with nothing to attend to.
+
+    A sink is in `lse` as any score is.
+    """
     shape = _Shape.of(q_BTHK, k_BSGK, v_BSGV, how)
     q, k, v = shape.tile_q(q_BTHK), shape.tile_kv(k_BSGK), shape.tile_kv(v_BSGV)
-    segments = shape.tile_segments(segments_BT, kv_segments_BS)
+    given = _Given.of(extras, shape)
 
     def body(masked: bool, carry, tile):
         row, column = tile
         top, total, o = (_get(part, row) for part in carry)
-        s = _scores(q, k, segments, row, column, masked, shape, how)
+        s = _scores(q, k, given, row, column, masked, shape, how)[0]
         new_top = jnp.maximum(top, jnp.max(s, axis=-1))
         p = jnp.exp(s - new_top[..., None])
         shrink = jnp.exp(top - new_top)
@@ -63,11 +70,10 @@ def forward(
 
     rows_shape = q.shape[:-1]
     carry = (
-        _filled(q_BTHK, rows_shape, FLOOR),
-        _filled(q_BTHK, rows_shape, 0.0),
+        *_before_any_key(q_BTHK, rows_shape, extras.sinks_H, shape),
         _filled(q_BTHK, (*rows_shape, v.shape[-1]), 0.0),
     )
-    top, total, o = _scan_tiles(body, carry, shape, how, segments is not None)
+    top, total, o = _scan_tiles(body, carry, shape, how, given)
     o = o / jnp.where(total == 0.0, 1.0, total)[..., None]
     lse = jnp.where(total == 0.0, jnp.inf, top + jnp.log(total))
     return shape.untile_q(o.astype(q_BTHK.dtype)), shape.untile_q(lse[..., None])[..., 0]
@@ -77,18 +83,17 @@ def backward(
     q_BTHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGV: jax.Array,
-    segments_BT: jax.Array | None,
-    kv_segments_BS: jax.Array | None,
+    extras: Extras,
     o_BTHV: jax.Array,
     lse_BTH: jax.Array,
     do_BTHV: jax.Array,
     *,
     how: Chunking,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v, in their dtypes, accumulated in float32."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, Bias | None]:
+    """Gradients of q, k, v, sinks and bias, in their dtypes, accumulated in float32; the last two over all devices."""
     shape = _Shape.of(q_BTHK, k_BSGK, v_BSGV, how)
     q, k, v = shape.tile_q(q_BTHK), shape.tile_kv(k_BSGK), shape.tile_kv(v_BSGV)
-    segments = shape.tile_segments(segments_BT, kv_segments_BS)
+    given = _Given.of(extras, shape)
     do = shape.tile_q(do_BTHV)
     delta_BTH = jnp.sum(do_BTHV.astype(jnp.float32) * o_BTHV.astype(jnp.float32), axis=-1)
     delta = shape.tile_q(delta_BTH[..., None])[..., 0]
@@ -96,29 +101,33 @@ def backward(
 
     def body(masked: bool, carry, tile):
         row, column = tile
-        dq, dk, dv = carry
+        dq, dk, dv, dbias = carry
         k_tile, v_tile, q_tile, do_tile = _get(k, column), _get(v, column), _get(q, row), _get(do, row)
-        s = _scores(q, k, segments, row, column, masked, shape, how, keys_first=True)
+        s, capped = _scores(q, k, given, row, column, masked, shape, how, keys_first=True)
         p = jnp.exp(s - _get(lse, row)[:, None])
         ds = p * (_dot(v_tile, do_tile, "nsv,ntv->nst") - _get(delta, row)[:, None])
+        if dbias is not None:
+            dbias = _add_bias_gradient(dbias, ds, row, column, shape)
         if how.softcap is not None:
-            # d tanh; a masked score is -inf, and 0 * inf is not 0.
-            ds = ds * (1.0 - jnp.square(jnp.where(s == -jnp.inf, 0.0, s) / how.softcap))
+            ds = ds * (1.0 - jnp.square(capped / how.softcap))
         ds, p = (ds * how.scale).astype(q.dtype), p.astype(do.dtype)
         dq = _set(dq, row, _get(dq, row) + _dot(k_tile, ds, "nsk,nst->nkt"))
         dk = _set(dk, column, _get(dk, column) + _dot(ds, q_tile, "nst,ntk->nsk"))
         dv = _set(dv, column, _get(dv, column) + _dot(p, do_tile, "nst,ntv->nsv"))
-        return (dq, dk, dv), None
+        return (dq, dk, dv, dbias), None
 
     # Scores stand keys first and dq lies transposed: then no product contracts the first axis of a tile of scores,
     # which is slow on a CPU (backward takes about half the time; docs/performance-log.md).
     shapes = (q.swapaxes(-1, -2).shape, k.shape, v.shape)
-    carry = tuple(_filled(q_BTHK, part, 0.0) for part in shapes)
-    dq, dk, dv = _scan_tiles(body, carry, shape, how, segments is not None)
+    dbias = None if given.bias_HD is None else _filled(q_BTHK, given.bias_HD.shape, 0.0)
+    carry = (*(_filled(q_BTHK, part, 0.0) for part in shapes), dbias)
+    dq, dk, dv, dbias = _scan_tiles(body, carry, shape, how, given)
     return (
         shape.untile_q(dq.swapaxes(-1, -2).astype(q_BTHK.dtype)),
         shape.untile_kv(dk.astype(k_BSGK.dtype)),
         shape.untile_kv(dv.astype(v_BSGV.dtype)),
+        None if extras.sinks_H is None else _sinks_gradient(extras.sinks_H, lse_BTH, delta_BTH),
+        None if extras.bias is None else _bias_gradient(extras.bias, dbias, shape.distances()),
     )
 
 
@@ -169,18 +178,55 @@ class _Shape:
         """`[n_q, B, tq]` and `[n_kv, B, tk]`; padding has segment 0, which nothing attends to."""
         if q is None or kv is None:
             return None
-        q_tiles = _pad(q, self.n_q * self.tq, 0).reshape(self.B, self.n_q, self.tq)
-        kv_tiles = _pad(kv, self.n_kv * self.tk, 0).reshape(self.B, self.n_kv, self.tk)
-        return q_tiles.transpose(1, 0, 2), kv_tiles.transpose(1, 0, 2)
+        return self.tile_rows(q, self.n_q, self.tq), self.tile_rows(kv, self.n_kv, self.tk)
+
+    def tile_rows(self, x: jax.Array, n: int, length: int) -> jax.Array:
+        """`[B, T]` or `[B, S]` to `[n, B, length]`, padded with 0."""
+        return _pad(x, n * length, 0).reshape(self.B, n, length).transpose(1, 0, 2)
+
+    @property
+    def q_first(self) -> tuple[int, int, int, int, int]:
+        """The axes of one tile of scores with its queries first."""
+        return self.B, self.G, self.R, self.tq, self.tk
+
+    @property
+    def keys_first(self) -> tuple[int, int, int, int, int]:
+        """The same with its keys first."""
+        return self.B, self.G, self.tk, self.R, self.tq
+
+    def distances(self) -> jax.Array:
+        """`kv_index - q_index` of every diagonal of the padded score matrix, from the lower left corner on."""
+        return jnp.arange(self.n_q * self.tq + self.n_kv * self.tk, dtype=jnp.int32) - (self.n_q * self.tq - 1)
+
+    def diagonal(self, row: jax.Array, column: jax.Array) -> jax.Array:
+        """The place among `distances` of a tile's lower left corner."""
+        return column * self.tk + (self.n_q - 1 - row) * self.tq
 
 
-def _scan_tiles(body: Callable, carry, shape: _Shape, how: Chunking, has_segments: bool):
+class _Given(NamedTuple):
+    """A call's extras, in tiles; `bias_HD` is the bias of each head at each of `_Shape.distances`."""
+
+    segments: tuple[jax.Array, jax.Array] | None
+    prefix: jax.Array | None
+    bias_HD: jax.Array | None
+
+    @classmethod
+    def of(cls, extras: Extras, shape: _Shape) -> _Given:
+        return cls(
+            shape.tile_segments(extras.segments_BT, extras.kv_segments_BS),
+            None if extras.prefix_BS is None else shape.tile_rows(extras.prefix_BS, shape.n_kv, shape.tk),
+            None if extras.bias is None else extras.bias.of(shape.distances()),
+        )
+
+
+def _scan_tiles(body: Callable, carry: tuple, shape: _Shape, how: Chunking, given: _Given) -> tuple:
     """Runs `body(masked, carry, (row, column))` over the tiles that are not empty: the full ones, then the others."""
     full, partial_ = [], []
     for tile in how.mask.tiles(shape.n_q, shape.n_kv, shape.tq, shape.tk):
         padded = (tile.column + 1) * shape.tk > shape.S
-        if tile.kind != "empty":
-            (full if tile.kind == "full" and not padded and not has_segments else partial_).append(tile[:2])
+        kind = tile.kind if given.prefix is None else _kind_with_prefix(tile, shape, how.mask)
+        if kind != "empty":
+            (full if kind == "full" and not padded and given.segments is None else partial_).append(tile[:2])
     for masked, tiles in ((False, full), (True, partial_)):
         if tiles:
             rows, columns = np.asarray(tiles, np.int32).T
@@ -188,28 +234,90 @@ def _scan_tiles(body: Callable, carry, shape: _Shape, how: Chunking, has_segment
     return carry
 
 
-def _scores(q, k, segments, row, column, masked: bool, shape: _Shape, how: Chunking, keys_first=False) -> jax.Array:
-    """One tile of scores, `[N, R tq, tk]` (or `[N, tk, R tq]`, keys first) float32, -inf where masked."""
+def _kind_with_prefix(tile: Tile, shape: _Shape, mask: Mask) -> TileKind:
+    """Any key may be of a prefix: only what the mask leaves without one is sure, and only what both leave out empty."""
+    if tile.kind == "full":
+        return "full"
+    both_ways = mask.both_ways.tile_kind(tile.row, tile.column, shape.tq, shape.tk)
+    return "empty" if both_ways == "empty" else "partial"
+
+
+def _scores(
+    q, k, given: _Given, row, column, masked: bool, shape: _Shape, how: Chunking, keys_first=False
+) -> tuple[jax.Array, jax.Array]:
+    """One tile of scores, `[N, R tq, tk]` (or `[N, tk, R tq]`, keys first) float32, -inf where masked.
+
+    With it the same scores before bias and mask.
+    """
     q_tile, k_tile = _get(q, row), _get(k, column)
     s = how.scale * (_dot(k_tile, q_tile, "nsk,ntk->nst") if keys_first else _dot(q_tile, k_tile, "ntk,nsk->nts"))
     if how.softcap is not None:
         s = how.softcap * jnp.tanh(s / how.softcap)
+    capped = s
+    tiled = shape.keys_first if keys_first else shape.q_first
+    if given.bias_HD is not None:
+        lines_HL = jax.lax.dynamic_slice_in_dim(given.bias_HD, shape.diagonal(row, column), shape.tq + shape.tk, axis=1)
+        bias = spread_over_diagonals(lines_HL, shape.tq).reshape(shape.q_first[1:])
+        bias = bias.transpose(0, 3, 1, 2) if keys_first else bias
+        s = (s.reshape(tiled) + bias).reshape(s.shape)
     if not masked:
-        return s
-    q_index = row * shape.tq + jnp.arange(shape.tq)
-    kv_index = column * shape.tk + jnp.arange(shape.tk)
-    allowed = how.mask.allows(q_index[:, None], kv_index[None, :]) & (kv_index < shape.S)[None, :]
-    allowed = allowed[None]
-    if segments is not None:
-        q_segments, kv_segments = _get(segments[0], row)[:, :, None], _get(segments[1], column)[:, None, :]
+        return s, capped
+    allowed = _allowed(given, row, column, shape, how.mask)
+    allowed = allowed.swapaxes(1, 2)[:, None, :, None] if keys_first else allowed[:, None, None]
+    return jnp.where(allowed, s.reshape(tiled), -jnp.inf).reshape(s.shape), capped
+
+
+def _allowed(given: _Given, row, column, shape: _Shape, mask: Mask) -> jax.Array:
+    """Which queries of one tile may attend to which keys, `[B or 1, tq, tk]`."""
+    q_index = (row * shape.tq + jnp.arange(shape.tq))[:, None]
+    kv_index = (column * shape.tk + jnp.arange(shape.tk))[None, :]
+    allowed = mask.allows(q_index, kv_index)[None]
+    if given.prefix is not None:
+        allowed = allowed | (_get(given.prefix, column)[:, None, :] & mask.both_ways.allows(q_index, kv_index))
+    allowed = allowed & (kv_index < shape.S)
+    if given.segments is not None:
+        q_segments = _get(given.segments[0], row)[:, :, None]
+        kv_segments = _get(given.segments[1], column)[:, None, :]
         allowed = allowed & (q_segments == kv_segments) & (kv_segments != 0)
-    if keys_first:
-        allowed = allowed.swapaxes(1, 2)[:, None, :, None]
-        tiled = s.reshape(shape.B, shape.G, shape.tk, shape.R, shape.tq)
-    else:
-        allowed = allowed[:, None, None]
-        tiled = s.reshape(shape.B, shape.G, shape.R, shape.tq, shape.tk)
-    return jnp.where(allowed, tiled, -jnp.inf).reshape(s.shape)
+    return allowed
+
+
+def _before_any_key(
+    like: jax.Array, rows_shape: tuple[int, ...], sinks_H: jax.Array | None, shape: _Shape
+) -> tuple[jax.Array, jax.Array]:
+    """The running maximum and the running sum of every query before its first key: those of its sink alone."""
+    top, total = _filled(like, rows_shape, FLOOR), _filled(like, rows_shape, 0.0)
+    if sinks_H is None:
+        return top, total
+    sinks = jnp.broadcast_to(
+        sinks_H.astype(jnp.float32).reshape(shape.G, shape.R, 1), (shape.n_q, shape.B, shape.G, shape.R, shape.tq)
+    ).reshape(rows_shape)
+    top = jnp.maximum(top, sinks)
+    return top, jnp.exp(sinks - top)
+
+
+def _sinks_gradient(sinks_H: jax.Array, lse_BTH: jax.Array, delta_BTH: jax.Array) -> jax.Array:
+    """A sink's gradient is that of a score whose value is 0: `-p delta`, of all queries of all devices."""
+    p_BTH = jnp.exp(sinks_H.astype(jnp.float32) - lse_BTH)
+    d_H = manual.total(-jnp.sum(p_BTH * delta_BTH, axis=(0, 1)), mesh_axes("batch"))
+    return d_H.astype(sinks_H.dtype)
+
+
+def _add_bias_gradient(dbias_HD: jax.Array, ds: jax.Array, row, column, shape: _Shape) -> jax.Array:
+    """Adds the score gradients of one tile, keys first, to those of their distances."""
+    ds_HQK = jnp.sum(ds.reshape(shape.keys_first), axis=0)
+    ds_HQK = ds_HQK.transpose(0, 2, 3, 1).reshape(-1, shape.tq, shape.tk)
+    start, length = shape.diagonal(row, column), shape.tq + shape.tk
+    lines_HL = jax.lax.dynamic_slice_in_dim(dbias_HD, start, length, axis=1) + diagonal_sums(ds_HQK)
+    return jax.lax.dynamic_update_slice_in_dim(dbias_HD, lines_HL, start, axis=1)
+
+
+def _bias_gradient(bias: Bias, dbias_HD: jax.Array, distances_D: jax.Array) -> Bias:
+    """From the gradient at every distance to that of the bias's own array, over all devices that share it."""
+    varying = jax.tree.map(lambda x: x.astype(jnp.float32) + manual.zeros(x.shape, jnp.float32, dbias_HD, x), bias)
+    _, pull_back = jax.vjp(lambda bias: bias.of(distances_D), varying)
+    (gradient,) = manual.total(pull_back(dbias_HD), mesh_axes("batch"))
+    return jax.tree.map(lambda d, x: d.astype(x.dtype), gradient, bias)
 
 
 def _even(length: int, tile: int) -> int:

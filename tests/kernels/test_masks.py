@@ -6,6 +6,12 @@ import pytest
 from maxlm.kernels.masks import Mask
 
 MASKS = [Mask(causal, window) for causal in (True, False) for window in (None, 1, 3, 8, 9, 100)]
+MASKS += [
+    Mask(causal, window, chunk, n)
+    for causal in (True, False)
+    for window, chunk in ((3, None), (9, None), (None, 1), (None, 4), (None, 7), (None, 20), (6, 5), (3, 11))
+    for n in (0, 1, 6, 40)
+]
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
@@ -27,12 +33,36 @@ def test_causal_window_allows_exactly_the_last_keys_up_to_the_query():
         assert list(np.flatnonzero(allowed[q])) == list(range(max(0, q - 2), q + 1))
 
 
+def test_chunk_allows_exactly_the_keys_of_the_chunk_up_to_the_query():
+    allowed = Mask(chunk=4).allows(np.arange(10)[:, None], np.arange(10)[None, :])
+    for q in range(10):
+        assert list(np.flatnonzero(allowed[q])) == list(range(q - q % 4, q + 1))
+
+
+def test_global_tokens_attend_to_all_and_are_attended_by_all():
+    allowed = Mask(causal=False, window=1, global_tokens=2).allows(np.arange(6)[:, None], np.arange(6)[None, :])
+    assert allowed[:2].all()
+    assert allowed[:, :2].all()
+    assert np.array_equal(allowed[2:, 2:], np.eye(4, dtype=bool))
+    causal = Mask(window=1, global_tokens=2).allows(np.arange(6)[:, None], np.arange(6)[None, :])
+    assert np.array_equal(causal, np.tril(allowed))
+
+
 def test_half_of_the_tiles_of_a_causal_mask_are_empty():
     kinds = [tile.kind for tile in Mask(causal=True).tiles(8, 8, 128, 128)]
     assert (kinds.count("empty"), kinds.count("partial"), kinds.count("full")) == (28, 8, 28)
 
 
-@pytest.mark.parametrize("window", [0, -1])
-def test_window_without_keys_is_refused(window: int):
-    with pytest.raises(ValueError, match=f"window of {window} keys"):
-        Mask(window=window)
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"window": 0}, "window of 0 keys"),
+        ({"window": -1}, "window of -1 keys"),
+        ({"chunk": 0}, "chunk of 0 keys"),
+        ({"window": 4, "global_tokens": -1}, "-1 global tokens"),
+        ({"global_tokens": 2}, "2 global tokens on top of no window"),
+    ],
+)
+def test_mask_that_means_nothing_is_refused(keys: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        Mask(**keys)

@@ -43,32 +43,68 @@ def assert_close(got: Any, truth: np.ndarray, within: float, what: str = "", lea
     assert error <= within * scale, f"{what}: off by {error / scale:.2e}, more than {within:.1e}"
 
 
-def softmax_masked(scores: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+def softmax_masked(scores: np.ndarray, allowed: np.ndarray, sinks: np.ndarray | None = None) -> np.ndarray:
+    """Softmax over the allowed scores and, where given, one score more that has no place in the result."""
     scores = np.where(allowed, scores, -np.inf)
     top = scores.max(axis=-1, keepdims=True)
-    e = np.where(allowed, np.exp(scores - np.where(np.isfinite(top), top, 0.0)), 0.0)
+    top = np.where(np.isfinite(top), top, 0.0) if sinks is None else np.maximum(top, sinks[..., None])
+    e = np.where(allowed, np.exp(scores - top), 0.0)
     total = e.sum(axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + np.exp(sinks[..., None] - top)
     return e / np.where(total == 0.0, 1.0, total)
 
 
 def attention(q, k, v, do, allowed_BTS, scale: float, softcap: float | None) -> tuple[np.ndarray, ...]:
     """The output and the gradients of q, k and v, by the textbook formulas."""
+    return attention_with(q, k, v, do, allowed_BTS, scale, softcap)[:4]
+
+
+def attention_with(
+    q, k, v, do, allowed_BTS, scale: float, softcap: float | None, sinks_H=None, bias_HTS=None
+) -> tuple[np.ndarray, ...]:
+    """The output and the gradients of q, k, v, the sinks, and the bias (`[H, T, S]`, over all rows)."""
     q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
     B, T, H, K = q.shape
-    G = k.shape[2]
+    S, G = k.shape[1:3]
     q, do = q.reshape(B, T, G, H // G, K), do.reshape(B, T, G, H // G, -1)
     s = scale * np.einsum("btgrk,bsgk->bgrts", q, k)
     slope = 1.0
     if softcap is not None:
         s = softcap * np.tanh(s / softcap)
         slope = 1.0 - (s / softcap) ** 2
-    p = softmax_masked(s, allowed_BTS[:, None, None])
+    if bias_HTS is not None:
+        s = s + np.asarray(bias_HTS, np.float64).reshape(G, H // G, T, S)
+    sinks = None if sinks_H is None else np.asarray(sinks_H, np.float64).reshape(G, H // G, 1)
+    p = softmax_masked(s, allowed_BTS[:, None, None], sinks)
     o = np.einsum("bgrts,bsgv->btgrv", p, v)
     dp = np.einsum("btgrv,bsgv->bgrts", do, v)
-    ds = scale * slope * p * (dp - (p * dp).sum(axis=-1, keepdims=True))
+    delta = (p * dp).sum(axis=-1, keepdims=True)
+    ds = p * (dp - delta)
+    # The sink's share is what the keys leave, and its value 0 leaves only -delta of its gradient.
+    dsinks = (-(1.0 - p.sum(axis=-1)) * delta[..., 0]).sum(axis=(0, 3)).reshape(H)
+    dbias = ds.sum(axis=0).reshape(H, T, S)
+    ds = scale * slope * ds
     dq, dk = np.einsum("bgrts,bsgk->btgrk", ds, k), np.einsum("bgrts,btgrk->bsgk", ds, q)
     dv = np.einsum("bgrts,btgrv->bsgv", p, do)
-    return o.reshape(B, T, H, -1), dq.reshape(B, T, H, K), dk, dv
+    return o.reshape(B, T, H, -1), dq.reshape(B, T, H, K), dk, dv, dsinks, dbias
+
+
+def bucket(distance: int, n_buckets: int, max_distance: int, bidirectional: bool) -> int:
+    """T5's bucket, in whole numbers: bucket `exact + i` starts where `(d / exact)^(n - exact)` reaches
+    `(max_distance / exact)^i`."""
+    n = n_buckets // 2 if bidirectional else n_buckets
+    first = n if bidirectional and distance > 0 else 0
+    away = abs(distance) if bidirectional else max(-distance, 0)
+    exact = n // 2
+    if away < exact:
+        return first + away
+    i = 0
+    while i < n - exact - 1 and away ** (n - exact) * exact ** (i + 1) >= max_distance ** (i + 1) * exact ** (
+        n - exact
+    ):
+        i += 1
+    return first + exact + i
 
 
 def cross_entropy(

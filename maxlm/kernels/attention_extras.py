@@ -1,0 +1,53 @@
+"""The arrays that a call of attention may have besides queries, keys and values, and their shardings."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+
+from maxlm.kernels.attention_bias import Alibi, Bias
+from maxlm.kernels.manual import bring
+from maxlm.parallel.axes import activation_spec
+
+
+class Extras(NamedTuple):
+    """As `attention.attention` takes them; None where not given. Segments come in pairs."""
+
+    segments_BT: jax.Array | None = None
+    kv_segments_BS: jax.Array | None = None
+    prefix_BS: jax.Array | None = None
+    sinks_H: jax.Array | None = None
+    bias: Bias | None = None
+
+    def specs(self) -> Any:
+        """The sharding of each array that is given, in the same places."""
+        rows, heads = activation_spec("batch", "length"), activation_spec("heads")
+        per_head = heads if isinstance(self.bias, Alibi) else activation_spec(None, "heads")
+        each = (rows, rows, rows, heads, jax.tree.map(lambda _: per_head, self.bias))
+        specs: list[Any] = [None if given is None else spec for given, spec in zip(self, each, strict=True)]
+        return Extras(*specs)
+
+    def brought(self) -> Extras:
+        """The same arrays in their shardings."""
+        return jax.tree.map(bring, self, self.specs())
+
+    def problems(self, q: jax.Array, k: jax.Array) -> list[str]:
+        """What does not fit queries `[B, T, H, K]` and keys `[B, S, G, K]`, in words."""
+        (B, T, H, _), S = q.shape, k.shape[1]
+        found = []
+        if self.segments_BT is None and self.kv_segments_BS is not None:
+            found.append("segments of keys are given and those of queries are not")
+        if self.segments_BT is not None and self.segments_BT.shape != (B, T):
+            found.append(f"segments {self.segments_BT.shape} do not fit queries {q.shape}")
+        if self.kv_segments_BS is not None and self.kv_segments_BS.shape != (B, S):
+            found.append(f"segments of the keys do not fit keys {k.shape}")
+        if self.prefix_BS is not None and (self.prefix_BS.shape != (B, S) or self.prefix_BS.dtype != bool):
+            found.append(f"a prefix {self.prefix_BS.dtype} {self.prefix_BS.shape} is not bool {(B, S)}")
+        if self.sinks_H is not None and self.sinks_H.shape != (H,):
+            found.append(f"sinks {self.sinks_H.shape} do not fit {H} query heads")
+        if self.bias is not None:
+            (array,) = jax.tree.leaves(self.bias)
+            if array.ndim != (1 if isinstance(self.bias, Alibi) else 2) or array.shape[-1] != H:
+                found.append(f"a bias {array.shape} does not fit {H} query heads")
+        return found
