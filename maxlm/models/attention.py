@@ -61,6 +61,8 @@ class Attention(nnx.Module):
             self.v_bias = init.full((g, k), ("kv_heads", "head_dim"), 0.0)
         if config.attention_out_bias:
             self.o_bias = init.full((d,), ("norm",), 0.0)
+        if config.attention_sinks:
+            self.sinks = init.full((h,), ("heads",), 0.0)
         if config.qk_norm:
             self.q_norm = Norm(k, "rms", config.norm_eps, init.at("q_norm"))
             self.k_norm = Norm(k, "rms", config.norm_eps, init.at("k_norm"))
@@ -83,6 +85,7 @@ class Attention(nnx.Module):
             v_BTGK,
             mask=self.mask,
             segments_BT=context.segments_BT,
+            sinks_H=use(self.sinks, jnp.float32) if self.config.attention_sinks else None,
             softcap=self.config.attention_softcap,
             q_offset_B=context.lengths_B,
             implementation=self.config.attention_implementation,

@@ -52,7 +52,7 @@ class RematConfig(Section):
 ROPE_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": ((), ()),
     "ntk": ((), ()),
-    "yarn": (("original_max_seq_len",), ("beta_fast", "beta_slow", "attention_factor")),
+    "yarn": (("original_max_seq_len",), ("beta_fast", "beta_slow", "attention_factor", "truncate")),
     "llama3": (("original_max_seq_len", "low_freq_factor", "high_freq_factor"), ()),
 }
 
@@ -88,6 +88,11 @@ class RopeScalingConfig(Section):
         None, "yarn: turned queries and keys are multiplied by this; 0.1 ln(factor) + 1 where not given", gt=0
     )
 
+    truncate: bool | None = key(
+        None,
+        "yarn: the channels where stretching begins and ends are whole pairs; true where not given (GPT-OSS: false)",
+    )
+
     @model_validator(mode="after")
     def _keys_belong_to_the_kind(self) -> RopeScalingConfig:
         needed, optional = ROPE_SCALINGS[self.kind]
@@ -109,6 +114,7 @@ class RopeScalingConfig(Section):
         if self.kind != "yarn":
             return self
         numbers = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 0.1 * math.log(self.factor) + 1.0}
+        numbers["truncate"] = True
         return self.model_copy(update={k: v for k, v in numbers.items() if getattr(self, k) is None})
 
 
@@ -150,13 +156,17 @@ class ModelConfig(Section):
         None, "base of RoPE's wavelengths in local layers, not scaled (Gemma 3); as the others' where not given", gt=0
     )
     attention_softcap: float | None = key(None, "attention scores are softcap * tanh(scores / softcap)", gt=0)
+    attention_sinks: bool = key(
+        False,
+        "a trained score a head that takes its share of each softmax and has no value (GPT-OSS, arXiv:2508.10925)",
+    )
     attention_implementation: Literal["auto", "reference", "chunked", "pallas"] = key(
         "auto", "which attention kernel runs; auto: pallas on TPUs where it takes the shapes, chunked elsewhere"
     )
-    mlp: Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu2"] = key(
+    mlp: Literal["swiglu", "swiglu_clamped", "geglu", "gelu", "gelu_exact", "relu2"] = key(
         "swiglu",
-        "gated by SiLU or GELU (arXiv:2002.05202), or plain with GELU (by tanh, or exact) or squared ReLU "
-        "(arXiv:2109.08668)",
+        "gated by SiLU, clamped as in GPT-OSS (arXiv:2508.10925) or not, or by GELU (arXiv:2002.05202), or plain with "
+        "GELU (by tanh, or exact) or squared ReLU (arXiv:2109.08668)",
     )
     mlp_bias: bool = key(False, "biases in the feed-forward block")
     moe: MoEConfig | None = key(
@@ -258,7 +268,7 @@ class ModelConfig(Section):
     @property
     def gated(self) -> bool:
         """Whether the feed-forward block multiplies by a gate."""
-        return self.mlp in ("swiglu", "geglu")
+        return self.mlp in ("swiglu", "swiglu_clamped", "geglu")
 
     @property
     def padded_vocab_size(self) -> int:

@@ -34,7 +34,7 @@ LANES = 128
 
 # Arrays of [tokens, d_ff] that the activation leaves for the backward pass where everything is kept, besides its
 # inputs: outputs of its elementwise steps, and its result (jax.ad_checkpoint's list of saved residuals).
-ACTIVATION_ARRAYS = {"swiglu": 4, "geglu": 6, "gelu": 5, "gelu_exact": 3, "relu2": 2.5}
+ACTIVATION_ARRAYS = {"swiglu": 4, "swiglu_clamped": 7, "geglu": 6, "gelu": 5, "gelu_exact": 3, "relu2": 2.5}
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ BRICKS = {
     },
     "experts in every second layer": tiny_moe.QWEN3_MOE,
     "experts in groups, and shared ones": tiny_moe.DEEPSEEK,
+    "experts with biases, sinks and windows": tiny_moe.GPT_OSS,
 }  # fmt: skip
 MESHES = {
     "one device": ({}, 1),

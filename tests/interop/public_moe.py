@@ -17,7 +17,16 @@ QWEN3_MOE_CONFIG = {
     **_SIZES, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "intermediate_size": 80,
     "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True,
 }  # fmt: skip
+GPT_OSS_CONFIG = {
+    **_SIZES, "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "intermediate_size": 40,
+    "num_hidden_layers": 3, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 16,
+    },
+}  # fmt: skip
 CASES = {
+    "gpt_oss": GPT_OSS_CONFIG,
     "mixtral": MIXTRAL_CONFIG,
     "mixtral, a window": {**MIXTRAL_CONFIG, "sliding_window": 5, "tie_word_embeddings": True},
     "qwen3_moe": QWEN3_MOE_CONFIG,

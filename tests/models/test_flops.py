@@ -84,6 +84,8 @@ def test_presets_of_public_models_have_their_published_sizes(preset, total, non_
         ("pythia-6.9b", "gpt_neox"),
         ("mixtral-8x7b", "mixtral"),
         ("qwen3-30b-a3b", "qwen3_moe"),
+        ("gpt-oss-20b", "gpt_oss"),
+        ("gpt-oss-120b", "gpt_oss"),
     ],
 )
 def test_presets_of_public_models_are_of_their_families(preset, family):
@@ -148,16 +150,20 @@ def test_scores_are_counted_by_the_pairs_that_the_mask_leaves(window):
 
 
 @pytest.mark.parametrize(
-    ("preset", "total", "active"),
+    ("preset", "total", "active", "rel"),
     [
-        ("mixtral-8x7b", 46.7e9, 12.9e9),  # arXiv:2401.04088, section 2
-        ("qwen3-30b-a3b", 30.5e9, 3.3e9),  # model card, whose active parameters are cut to two digits
+        ("mixtral-8x7b", 46.7e9, 12.9e9, 5e-3),  # arXiv:2401.04088, section 2
+        ("qwen3-30b-a3b", 30.5e9, 3.3e9, 2e-2),  # model card: 3.35 billion active parameters are 3.3 there
+        ("gpt-oss-20b", 20.91e9, 3.61e9, 5e-3),  # arXiv:2508.10925, table 1: active without the token embedding
+        ("gpt-oss-120b", 116.83e9, 5.13e9, 5e-3),
     ],
 )
-def test_presets_with_experts_have_their_published_sizes_and_active_ones(preset, total, active):
-    counted = count_parameters(load_config(preset).model)
+def test_presets_with_experts_have_their_published_sizes_and_active_ones(preset, total, active, rel):
+    config = load_config(preset).model
+    counted = count_parameters(config)
+    left_out = config.vocab_size * config.d_model if preset.startswith("gpt-oss") else 0
     assert counted.total == pytest.approx(total, rel=5e-3)
-    assert counted.active == pytest.approx(active, rel=5e-3 if active > 1e10 else 2e-2)
+    assert counted.active - left_out == pytest.approx(active, rel=rel)
 
 
 def test_flops_of_experts_are_of_those_that_a_token_goes_to():

@@ -28,7 +28,9 @@ BRICKS = {
         "local_rope_theta": 100.0
     },
     "experts in groups, shared ones, balanced by rows": tiny_moe.DEEPSEEK,
-    "experts with biases and a capacity": tiny_moe.GPT_OSS,
+    "experts with biases and a capacity": {
+        **tiny_moe.GPT_OSS, "moe": {**tiny_moe.GPT_OSS["moe"], "capacity_factor": 1.0}
+    },
 }  # fmt: skip
 MESHES = {"fsdp 8": {"fsdp": 8}, "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2}}
 

@@ -12,6 +12,7 @@ from maxlm.errors import ConfigError
 from maxlm.models.config import ModelConfig
 from maxlm.models.families.gpt2 import GPT2
 from maxlm.models.families.gpt_neox import GPT_NEOX
+from maxlm.models.families.gpt_oss import GPT_OSS
 from maxlm.models.families.llama import LLAMA
 from maxlm.models.families.mistral import MISTRAL
 from maxlm.models.families.mixtral import MIXTRAL
@@ -20,7 +21,7 @@ from maxlm.models.families.qwen_moe import QWEN3_MOE
 from maxlm.models.families.table import Family
 
 # A model of two families is exported as the first of them.
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, GPT2, MIXTRAL, QWEN3_MOE)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, GPT2, MIXTRAL, QWEN3_MOE, GPT_OSS)
 
 
 def family_for(config: ModelConfig) -> Family:

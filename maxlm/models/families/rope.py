@@ -20,6 +20,7 @@ NUMBERS = {
     "beta_fast": "beta_fast",
     "beta_slow": "beta_slow",
     "attention_factor": "attention_factor",
+    "truncate": "truncate",
 }
 
 
