@@ -8,7 +8,7 @@ from tests import tiny
 
 MIXTRAL: dict[str, Any] = {**tiny.LLAMA, "moe": {"n_experts": 4, "experts_per_token": 2, "d_ff": 48}}
 QWEN3_MOE: dict[str, Any] = {
-    **tiny.LLAMA, "qk_norm": True, "head_dim": 24, "n_layers": 4,
+    **tiny.LLAMA, "qk_norm": "head", "head_dim": 24, "n_layers": 4,
     "moe": {
         "n_experts": 8, "experts_per_token": 3, "d_ff": 32, "every": 2, "first_layer": 1, "normalize_weights": False,
         "balance_loss": 0.01,
@@ -23,10 +23,12 @@ DEEPSEEK: dict[str, Any] = {
     },
 }  # fmt: skip
 GPT_OSS: dict[str, Any] = {
-    **tiny.LLAMA, "attention_bias": True, "attention_out_bias": True,
+    **tiny.LLAMA, "attention_bias": True, "attention_out_bias": True, "attention_sinks": True, "mlp": "swiglu_clamped",
+    "attention_window": 6, "attention_pattern": ["local", "global"], "d_ff": 48,
+    "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16, "truncate": False},
     "moe": {
         "n_experts": 4, "experts_per_token": 2, "d_ff": 48, "router": "topk_softmax", "router_bias": True,
-        "expert_bias": True, "capacity_factor": 1.0, "balance_loss": 0.01
+        "expert_bias": True, "balance_loss": 0.01
     },
 }  # fmt: skip
 EXPERT_CHOICE: dict[str, Any] = {

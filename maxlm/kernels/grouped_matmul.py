@@ -40,7 +40,8 @@ def grouped_matmul(
     """
     if x_ND.ndim != 2 or w_EDF.ndim != 3 or x_ND.shape[1] != w_EDF.shape[1] or group_sizes_E.shape != w_EDF.shape[:1]:
         raise ValueError(
-            f"grouped_matmul: {x_ND.shape} by {w_EDF.shape} in groups {group_sizes_E.shape}: not [N, D], [E, D, F], [E]"
+            f"grouped_matmul: {x_ND.shape} by {w_EDF.shape} in groups {group_sizes_E.shape}; need [N, D], [E, D, F] "
+            "and [E]"
         )
     if implementation is None:
         implementation = "tiled" if manual.platform() == "cpu" else "ragged"

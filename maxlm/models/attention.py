@@ -67,6 +67,8 @@ class Attention(nnx.Module):
             self.v_bias = init.full((g, k), ("kv_heads", "head_dim"), 0.0)
         if config.attention_out_bias:
             self.o_bias = init.full((d,), ("norm",), 0.0)
+        if config.attention_sinks:
+            self.sinks = init.full((h,), ("heads",), 0.0)
         if config.qk_norm == "head":
             offset = config.norm_unit_offset
             self.q_norm = Norm(k, "rms", config.norm_eps, init.at("q_norm"), unit_offset=offset)
@@ -99,6 +101,7 @@ class Attention(nnx.Module):
             bias=Alibi(jnp.asarray(alibi_slopes(self.config.n_heads)))
             if self.config.positions == "alibi"
             else context.bias,
+            sinks_H=use(self.sinks, jnp.float32) if self.config.attention_sinks else None,
             softcap=self.config.attention_softcap,
             scale=self.config.attention_scale,
             q_offset_B=context.lengths_B,

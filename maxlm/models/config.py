@@ -53,7 +53,10 @@ class RematConfig(Section):
 ROPE_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": ((), ()),
     "ntk": ((), ()),
-    "yarn": (("original_max_seq_len",), ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")),
+    "yarn": (
+        ("original_max_seq_len",),
+        ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    ),
     "llama3": (("original_max_seq_len", "low_freq_factor", "high_freq_factor"), ()),
 }
 
@@ -98,6 +101,11 @@ class RopeScalingConfig(Section):
         None, "yarn in latent attention: scores are multiplied by (0.1 mscale_all_dim ln(factor) + 1)^2", gt=0
     )
 
+    truncate: bool | None = key(
+        None,
+        "yarn: the channels where stretching begins and ends are whole pairs; true where not given (GPT-OSS: false)",
+    )
+
     @model_validator(mode="after")
     def _keys_belong_to_the_kind(self) -> RopeScalingConfig:
         needed, optional = ROPE_SCALINGS[self.kind]
@@ -125,7 +133,9 @@ class RopeScalingConfig(Section):
         attention_factor = self._growth(1.0)
         if self.mscale is not None and self.mscale_all_dim is not None:
             attention_factor = self._growth(self.mscale) / self._growth(self.mscale_all_dim)
-        numbers = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": attention_factor}
+        numbers: dict[str, float | bool] = {
+            "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": attention_factor, "truncate": True
+        }  # fmt: skip
         return self.model_copy(update={k: v for k, v in numbers.items() if getattr(self, k) is None})
 
     @property
@@ -214,13 +224,17 @@ class ModelConfig(Section):
         None, "base of RoPE's wavelengths in local layers, not scaled (Gemma 3); as the others' where not given", gt=0
     )
     attention_softcap: float | None = key(None, "attention scores are softcap * tanh(scores / softcap)", gt=0)
+    attention_sinks: bool = key(
+        False,
+        "a trained score a head that takes its share of each softmax and has no value (GPT-OSS, arXiv:2508.10925)",
+    )
     attention_implementation: Literal["auto", "reference", "chunked", "pallas"] = key(
         "auto", "which attention kernel runs; auto: pallas on TPUs where it takes the shapes, chunked elsewhere"
     )
-    mlp: Literal["swiglu", "geglu", "gelu", "gelu_exact", "silu", "relu", "relu2"] = key(
+    mlp: Literal["swiglu", "swiglu_clamped", "geglu", "gelu", "gelu_exact", "silu", "relu", "relu2"] = key(
         "swiglu",
-        "gated by SiLU or GELU (arXiv:2002.05202), or plain with GELU (by tanh, or exact), SiLU, ReLU or squared ReLU "
-        "(arXiv:2109.08668)",
+        "gated by SiLU, clamped as in GPT-OSS (arXiv:2508.10925) or not, or by GELU (arXiv:2002.05202), or plain with "
+        "GELU (by tanh, or exact), SiLU, ReLU or squared ReLU (arXiv:2109.08668)",
     )
     mlp_bias: bool = key(False, "biases in the feed-forward block")
     moe: MoEConfig | None = key(
@@ -374,8 +388,8 @@ class ModelConfig(Section):
     def _experts_fit(self) -> ModelConfig:
         if self.moe is not None and self.moe.first_layer >= self.n_layers:
             raise ValueError(
-                f"moe.first_layer = {self.moe.first_layer} is behind the last of n_layers = {self.n_layers} layers: no "
-                "layer has experts; leave moe out"
+                f"moe.first_layer = {self.moe.first_layer} is behind the last of n_layers = {self.n_layers} layers, "
+                "and no layer has experts; leave moe out"
             )
         return self
 
@@ -449,7 +463,7 @@ class ModelConfig(Section):
     @property
     def gated(self) -> bool:
         """Whether the feed-forward block multiplies by a gate."""
-        return self.mlp in ("swiglu", "geglu")
+        return self.mlp in ("swiglu", "swiglu_clamped", "geglu")
 
     @property
     def padded_vocab_size(self) -> int:

@@ -25,6 +25,17 @@ ACTIVATIONS = {
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
+# GPT-OSS's clamps and gain (arXiv:2508.10925, section 2.2).
+CLAMP, CLAMPED_GAIN = 7.0, 1.702
+
+
+def gated(kind: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """The inside of a gated block from its two products."""
+    if kind == "swiglu_clamped":
+        gate, up = jnp.minimum(gate, CLAMP), jnp.clip(up, -CLAMP, CLAMP)
+        return gate * jax.nn.sigmoid(CLAMPED_GAIN * gate) * (up + 1)
+    return ACTIVATIONS[kind](gate) * up
+
 
 class MLP(nnx.Module):
     """Two matmuls around an activation, or three with a gate; `d_ff` wide inside, or as the config says."""
@@ -46,7 +57,6 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         """The block's addition to the residual stream."""
         x_BTD = constrain(x_BTD, "batch", "length", "embed")
-        activation = ACTIVATIONS[self.config.mlp]
         up_BTF = project(x_BTD, self.up, self.dtype)
         if self.config.mlp_bias:
             up_BTF = up_BTF + use(self.up_bias, self.dtype)
@@ -55,9 +65,9 @@ class MLP(nnx.Module):
             gate_BTF = project(x_BTD, self.gate, self.dtype)
             if self.config.mlp_bias:
                 gate_BTF = gate_BTF + use(self.gate_bias, self.dtype)
-            hidden_BTF = activation(checkpoint_name(gate_BTF, "mlp_gate")) * up_BTF
+            hidden_BTF = gated(self.config.mlp, checkpoint_name(gate_BTF, "mlp_gate"), up_BTF)
         else:
-            hidden_BTF = activation(up_BTF)
+            hidden_BTF = ACTIVATIONS[self.config.mlp](up_BTF)
         y_BTD = project(hidden_BTF, self.down, self.dtype, *context.residual)
         if self.config.mlp_bias:
             y_BTD = y_BTD + use(self.down_bias, self.dtype)

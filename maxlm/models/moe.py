@@ -22,7 +22,7 @@ from maxlm.kernels.grouped_matmul import grouped_matmul
 from maxlm.models.attention import Context
 from maxlm.models.config import ModelConfig
 from maxlm.models.layers import Initializer, project, use
-from maxlm.models.mlp import ACTIVATIONS, MLP
+from maxlm.models.mlp import ACTIVATIONS, MLP, gated
 from maxlm.models.moe_config import MoEConfig
 from maxlm.models.routing import Routing, choose_experts, choose_tokens, load_of, routing_of, within_capacity
 from maxlm.parallel.axes import activation_spec, constrain, mesh_axes, names_in
@@ -124,11 +124,10 @@ class Experts(nnx.Module):
             return y + grouped_matmul(jnp.ones_like(x[:, :1]), bias_EF[:, None], sizes_E)
 
         up_RF = checkpoint_name(product(x_RD, "up"), "expert_up")
-        activation = ACTIVATIONS[self.activation]
         if self.gated:
-            hidden_RF = activation(checkpoint_name(product(x_RD, "gate"), "expert_gate")) * up_RF
+            hidden_RF = gated(self.activation, checkpoint_name(product(x_RD, "gate"), "expert_gate"), up_RF)
         else:
-            hidden_RF = activation(up_RF)
+            hidden_RF = ACTIVATIONS[self.activation](up_RF)
         return product(hidden_RF, "down")
 
 

@@ -29,18 +29,17 @@ def router_losses(config: MoEConfig, routings: Routings, weights_BT: jax.Array) 
     weight_B = jnp.sum(weights_BT, axis=1)
     layers = [jax.tree.map(lambda x: x.astype(jnp.float32), routing) for routing in routings.values()]
     n_layers = sum(routing.tokens_B.shape[0] for routing in layers)
-    z = sum(jnp.sum(weight_B * routing.z_B / jnp.maximum(routing.tokens_B, 1.0)) for routing in layers)
+    nothing = jnp.zeros(())
+    z = sum((jnp.sum(weight_B * routing.z_B / jnp.maximum(routing.tokens_B, 1.0)) for routing in layers), nothing)
     if config.balance_loss_over == "sequence":
-        balance = sum(
-            jnp.sum(weight_B * balance_loss(routing.load_BE, routing.probability_BE, routing.tokens_B))
-            for routing in layers
-        )
+        rows = (balance_loss(routing.load_BE, routing.probability_BE, routing.tokens_B) for routing in layers)
+        balance = sum((jnp.sum(weight_B * row_LB) for row_LB in rows), nothing)
     else:
         whole = [
             (jnp.sum(r.load_BE, axis=1), jnp.sum(r.probability_BE, axis=1), jnp.sum(r.tokens_B, axis=1)) for r in layers
         ]
-        balance = jnp.sum(weight_B) * sum(jnp.sum(balance_loss(*sums)) for sums in whole)
-    return {"balance_sum": jnp.asarray(balance / n_layers), "router_z_sum": jnp.asarray(z / n_layers)}
+        balance = jnp.sum(weight_B) * sum((jnp.sum(balance_loss(*sums)) for sums in whole), nothing)
+    return {"balance_sum": balance / n_layers, "router_z_sum": z / n_layers}
 
 
 def balance_loss(load_E: jax.Array, probability_E: jax.Array, n_tokens: jax.Array) -> jax.Array:

@@ -71,15 +71,19 @@ def _yarn(
     beta_fast: float,
     beta_slow: float,
     attention_factor: float,
+    truncate: bool,
 ) -> tuple[np.ndarray, float]:
     """Pairs that turn often in the original length kept, those that turn seldom stretched, and a ramp between them
-    (arXiv:2309.00071, "NTK-by-parts"), whose ends are whole pairs as in YaRN's code."""
+    (arXiv:2309.00071, "NTK-by-parts"), whose ends are whole pairs as in YaRN's code where `truncate` says so."""
 
     def pair_of(turns: float) -> float:
         """The pair, not a whole number, that turns so often in the original length."""
         return width * math.log(original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    first, last = max(math.floor(pair_of(beta_fast)), 0), min(math.ceil(pair_of(beta_slow)), width - 1)
+    first, last = pair_of(beta_fast), pair_of(beta_slow)
+    if truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
     rise = last - first or 0.001
     share = np.clip((np.arange(width // 2, dtype=np.float32) - np.float32(first)) / np.float32(rise), 0, 1)
     plain = _unscaled(theta, width)

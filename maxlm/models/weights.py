@@ -159,6 +159,8 @@ def _attention(c: ModelConfig, d: int, h: int, g: int, k: int) -> Iterator[Weigh
             yield Weight("attention", (g, k), ("kv_heads", "head_dim"), product=False)
     if c.attention_out_bias:
         yield Weight("norm", (d,), ("norm",), product=False)
+    if c.attention_sinks:
+        yield Weight("norm", (h,), ("heads",), product=False)
     if c.qk_norm == "head":
         for _ in ("q", "k"):
             yield Weight("norm", (k,), ("norm",), product=False)

@@ -14,7 +14,7 @@ from maxlm.inference.generate import bucket, generate, heal, next_logits, prefil
 from maxlm.inference.sampling import Sampling
 from maxlm.kernels.cross_entropy import logits
 from maxlm.parallel.axes import constrain
-from tests import latents, tiny
+from tests import latents, tiny, tiny_moe
 from tests.interop import ours_dense
 
 GREEDY = Sampling(temperature=0.0)
@@ -34,6 +34,9 @@ BRICKS = {
     **{name: ours_dense.MODELS[name] for name in ("gemma2", "gemma3", "olmo2", "phi3", "opt", "bloom")},
     "latent attention": latents.LATENT,
     "latent attention, whole queries, YaRN on scores": latents.LATENT_LITE,
+    "experts in every second layer": tiny_moe.QWEN3_MOE,
+    "experts in groups, and shared ones": tiny_moe.DEEPSEEK,
+    "experts with biases, sinks and windows": tiny_moe.GPT_OSS,
 }  # fmt: skip
 MESHES = {
     "one device": ({}, 1),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from tests.interop import public_dense, public_latent, public_sides
+from tests.interop import public_dense, public_latent, public_moe, public_sides
 
 LLAMA_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -122,6 +122,7 @@ CASES = {
     "gpt_neox, sequential": {**GPT_NEOX_CONFIG, "use_parallel_residual": False, "rotary_pct": 1.0},
     "gpt2": GPT2_CONFIG,
     **public_dense.CASES,
+    **public_moe.CASES,
 }  # fmt: skip
 CASES |= public_latent.CASES
 

@@ -166,10 +166,10 @@ def test_llama_cpp_reads_text_as_the_runs_tokenizer_does(tmp_path, tokenizer):
 
 # What llama.cpp has no equal for: a model, and what the message names of it.
 REFUSED = {
-    "biases of qwen3": ({**tiny.LLAMA, "qk_norm": True, "attention_bias": True, "attention_out_bias": True},
+    "biases of qwen3": ({**tiny.LLAMA, "qk_norm": "head", "attention_bias": True, "attention_out_bias": True},
                         "model.attention_bias = True"),
     "wide heads of qwen2": ({**tiny.LLAMA, "attention_bias": True, "head_dim": 24}, "model.head_dim = 24"),
-    "llama 3.1's RoPE in qwen3": ({**tiny.LLAMA, "qk_norm": True, "rope_scaling": ours.LLAMA31}, "'llama3'"),
+    "llama 3.1's RoPE in qwen3": ({**tiny.LLAMA, "qk_norm": "head", "rope_scaling": ours.LLAMA31}, "'llama3'"),
     "gpt_neox without biases": (
         {**tiny.GPT_NEOX, "attention_bias": False, "attention_out_bias": False}, "model.attention_bias = False"
     ),

@@ -15,7 +15,7 @@ from maxlm.models.flops import (
     forward_flops_per_token,
     training_flops_per_token,
 )
-from tests import tiny
+from tests import tiny, tiny_moe
 from tests.interop import ours_dense
 
 VARIANTS = {
@@ -26,6 +26,9 @@ VARIANTS = {
     "llama with biases and qk-norm": {**tiny.LLAMA, "attention_bias": True, "mlp_bias": True, "qk_norm": "head"},
     "norms before and after": {**tiny.LLAMA, "norm_placement": "sandwich"},
     "norms of sums": {**tiny.GPT2, "norm_placement": "post"},
+    "experts in every second layer": tiny_moe.QWEN3_MOE,
+    "shared experts and a balancing bias": tiny_moe.DEEPSEEK,
+    "experts with biases": tiny_moe.GPT_OSS,
     "wide heads, squared relu": {**tiny.LLAMA, "head_dim": 32, "n_kv_heads": 1, "mlp": "relu2"},
     "gemma2": ours_dense.GEMMA2,
     "opt, heads normed together, embeddings normed": {**ours_dense.OPT, "qk_norm": "all", "embedding_norm": True},
@@ -102,6 +105,10 @@ def test_presets_of_public_models_have_their_published_sizes(preset, total, non_
         ("opt-6.7b", "opt"),
         ("bloom-176b", "bloom"),
         ("gpt3-175b", "gpt2"),
+        ("mixtral-8x7b", "mixtral"),
+        ("qwen3-30b-a3b", "qwen3_moe"),
+        ("gpt-oss-20b", "gpt_oss"),
+        ("gpt-oss-120b", "gpt_oss"),
     ],
 )
 def test_presets_of_public_models_are_of_their_families(preset, family):
@@ -164,6 +171,33 @@ def test_scores_are_counted_by_the_pairs_that_the_mask_leaves(window):
     assert 32 * attended_positions(config, 32, local=window is not None) == pairs
     per_pair = 4 * config.n_layers * config.n_heads * config.head_width
     assert 32 * forward_flops(config, 32).attention_scores == pytest.approx(per_pair * pairs)
+
+
+@pytest.mark.parametrize(
+    ("preset", "total", "active", "rel"),
+    [
+        ("mixtral-8x7b", 46.7e9, 12.9e9, 5e-3),  # arXiv:2401.04088, section 2
+        ("qwen3-30b-a3b", 30.5e9, 3.3e9, 2e-2),  # model card: 3.35 billion active parameters are 3.3 there
+        ("gpt-oss-20b", 20.91e9, 3.61e9, 5e-3),  # arXiv:2508.10925, table 1: active without the token embedding
+        ("gpt-oss-120b", 116.83e9, 5.13e9, 5e-3),
+    ],
+)
+def test_presets_with_experts_have_their_published_sizes_and_active_ones(preset, total, active, rel):
+    config = load_config(preset).model
+    counted = count_parameters(config)
+    left_out = config.vocab_size * config.d_model if preset.startswith("gpt-oss") else 0
+    assert counted.total == pytest.approx(total, rel=5e-3)
+    assert counted.active - left_out == pytest.approx(active, rel=rel)
+
+
+def test_flops_of_experts_are_of_those_that_a_token_goes_to():
+    config = ModelConfig(**tiny_moe.DEEPSEEK)
+    moe, d = config.moe, config.d_model
+    layer = 2 * 3 * d * moe.d_ff * (moe.experts_per_token + moe.n_shared_experts) + 2 * d * moe.n_experts
+    assert forward_flops(config, 32).mlp == pytest.approx(2 * 3 * d * config.d_ff + 2 * layer)
+    counted = count_parameters(config)
+    idle = 2 * 3 * d * moe.d_ff * (moe.n_experts - moe.experts_per_token)
+    assert counted.active == counted.total - idle
 
 
 def test_a_dense_model_uses_all_its_parameters():

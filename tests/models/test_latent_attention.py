@@ -38,7 +38,7 @@ def test_yarn_with_two_factors_turns_by_their_ratio_and_sharpens_scores_by_one()
     [
         ({"n_kv_heads": 2}, "n_kv_heads = 2"),
         ({"head_dim": 16}, "head_dim = 16"),
-        ({"qk_norm": True}, "qk_norm = True"),
+        ({"qk_norm": "head"}, "qk_norm = 'head'"),
         ({"positions": "learned"}, "positions = 'learned'"),
         ({"latent": {**latents.LATENT["latent"], "rope_head_dim": 7}}, "rope_head_dim = 7"),
         ({"latent": None, "rope_scaling": latents.YARN}, "rope_scaling.mscale"),

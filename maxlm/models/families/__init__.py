@@ -18,19 +18,22 @@ from maxlm.models.families.gemma2 import GEMMA2
 from maxlm.models.families.gemma3 import GEMMA3
 from maxlm.models.families.gpt2 import GPT2
 from maxlm.models.families.gpt_neox import GPT_NEOX
+from maxlm.models.families.gpt_oss import GPT_OSS
 from maxlm.models.families.llama import LLAMA
 from maxlm.models.families.mistral import MISTRAL
+from maxlm.models.families.mixtral import MIXTRAL
 from maxlm.models.families.olmo import OLMO2
 from maxlm.models.families.opt import OPT
 from maxlm.models.families.phi3 import PHI3
 from maxlm.models.families.qwen import QWEN2, QWEN3
+from maxlm.models.families.qwen_moe import QWEN3_MOE
 from maxlm.models.families.t5 import MT5, T5
 from maxlm.models.families.table import Family
 
 # A model of two families is exported as the first of them.
 FAMILIES = (
     LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3, DEEPSEEK_V3, DEEPSEEK_V2, GPT_NEOX, GPT2, OPT, BLOOM,
-    BERT, BERT_PRETRAINING, ROBERTA, DISTILBERT, T5, MT5, BART, MARIAN,
+    MIXTRAL, QWEN3_MOE, GPT_OSS, BERT, BERT_PRETRAINING, ROBERTA, DISTILBERT, T5, MT5, BART, MARIAN,
 )  # fmt: skip
 
 

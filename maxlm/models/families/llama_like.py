@@ -90,7 +90,8 @@ MLP = (
     Weight((f"{OURS}mlp.up_bias",), f"{LAYER}mlp.up_proj.bias", "f -> f", attrgetter("mlp_bias")),
     Weight((f"{OURS}mlp.down_bias",), f"{LAYER}mlp.down_proj.bias", "d -> d", attrgetter("mlp_bias")),
 )
-WEIGHTS = (*ENDS, *NORMS_BEFORE, *ATTENTION, *HEAD_NORMS, *MLP)
+WITHOUT_MLP = (*ENDS, *NORMS_BEFORE, *ATTENTION, *HEAD_NORMS)
+WEIGHTS = (*WITHOUT_MLP, *MLP)
 
 
 def family(

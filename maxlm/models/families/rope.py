@@ -20,6 +20,7 @@ NUMBERS = {
     "beta_fast": "beta_fast",
     "beta_slow": "beta_slow",
     "attention_factor": "attention_factor",
+    "truncate": "truncate",
 }
 # Those of families with latent attention.
 LATENT_NUMBERS = {**NUMBERS, "mscale": "mscale", "mscale_all_dim": "mscale_all_dim"}
