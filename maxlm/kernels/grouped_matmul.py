@@ -35,12 +35,13 @@ def grouped_matmul(
 ) -> jax.Array:
     """`[N, F]` in x's dtype: the first `group_sizes_E[0]` rows times `w_EDF[0]`, those after them times the next.
 
-    Rows behind the last group are zeros. Products are summed in float32. Differentiable by x and w. Raises ValueError on
-    shapes that do not fit.
+    Rows behind the last group are zeros. Products are summed in float32. Differentiable by x and w. Raises ValueError
+    on shapes that do not fit.
     """
     if x_ND.ndim != 2 or w_EDF.ndim != 3 or x_ND.shape[1] != w_EDF.shape[1] or group_sizes_E.shape != w_EDF.shape[:1]:
         raise ValueError(
-            f"grouped_matmul: {x_ND.shape} by {w_EDF.shape} in groups {group_sizes_E.shape}; need [N, D], [E, D, F], [E]"
+            f"grouped_matmul: {x_ND.shape} by {w_EDF.shape} in groups {group_sizes_E.shape}; need [N, D], [E, D, F] "
+            "and [E]"
         )
     if implementation is None:
         implementation = "tiled" if manual.platform() == "cpu" else "ragged"

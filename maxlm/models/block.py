@@ -123,6 +123,8 @@ def remat_policy(remat: RematConfig) -> Callable[..., Any]:
             return False
         if primitive.name == "reshard" and not _batch_axes_in(params["dst_sharding"].spec):
             return False
+        if primitive.name == "pvary":
+            return False  # the same array
         if primitive.name == "all_gather" and set(params["axis_name"]) <= set(mesh_axes("batch")):
             return False  # of experts' weights
         if remat.policy == "dots" and primitive.name == "name" and params["name"] in EXPERT_PRODUCTS:

@@ -284,8 +284,8 @@ class ModelConfig(Section):
     def _experts_fit(self) -> ModelConfig:
         if self.moe is not None and self.moe.first_layer >= self.n_layers:
             raise ValueError(
-                f"moe.first_layer = {self.moe.first_layer} is behind the last of n_layers = {self.n_layers} layers, and "
-                "no layer has experts; leave moe out"
+                f"moe.first_layer = {self.moe.first_layer} is behind the last of n_layers = {self.n_layers} layers, "
+                "and no layer has experts; leave moe out"
             )
         return self
 

@@ -1,10 +1,10 @@
 """A mixture of experts in place of the feed-forward block: a router, experts, and shared experts beside them.
 
-Every device sorts its own tokens by expert, inside `shard_map`, and multiplies them with all experts' weights, which are
-gathered over `fsdp` as a dense block's are, and cut along their inner width by tensor parallelism.
+Every device sorts its own tokens by expert, inside `shard_map`, and multiplies them with all experts' weights, which
+are gathered over `fsdp` as a dense block's are, and cut along their inner width by tensor parallelism.
 
-Shape letters besides those of `layers.py`: E experts, F width of one, A experts of a token, C tokens of an expert, R rows
-sorted by expert.
+Shape letters besides those of `layers.py`: E experts, F width of one, A experts of a token, C tokens of an expert, R
+rows sorted by expert.
 """
 
 from __future__ import annotations
@@ -87,9 +87,7 @@ class Experts(nnx.Module):
         choices = activation_spec("batch", "length" if by_token else None, None)
         out = activation_spec(*context.residual)
         local = partial(self._local, by_token=by_token, specs=specs, length_axes=mesh_axes(context.residual[1]))
-        run = manual.on_each_device(
-            local, (activation_spec("batch", "length", "embed"), choices, choices, specs), out
-        )
+        run = manual.on_each_device(local, (activation_spec("batch", "length", "embed"), choices, choices, specs), out)
         return run(x_BTD, index, weights, stored)
 
     def _local(self, x_BTD, index, weights, stored, *, by_token, specs, length_axes):

@@ -41,8 +41,8 @@ class MoEConfig(Section):
     )
     groups_per_token: int = key(
         1,
-        "groups that a token uses: those with the largest score of an expert, or with router sigmoid the largest sum of "
-        "two (arXiv:2412.19437, 2.1.2)",
+        "groups that a token uses: those with the largest score of an expert, or with router sigmoid the largest sum "
+        "of two (arXiv:2412.19437, 2.1.2)",
         ge=1,
     )
     expert_bias: bool = key(False, "biases inside the routed experts")
@@ -55,8 +55,8 @@ class MoEConfig(Section):
 
     balance_loss: float = key(
         0.0,
-        "weight of the load-balancing loss (Switch, arXiv:2101.03961, equation 4): n_experts times the sum over experts "
-        "of the share of tokens that chose it, times its mean probability; mean over layers",
+        "weight of the load-balancing loss (Switch, arXiv:2101.03961, equation 4): n_experts times the sum over "
+        "experts of the share of tokens that chose it, times its mean probability; mean over layers",
         ge=0,
     )
     balance_loss_over: Literal["batch", "sequence"] = key(
@@ -64,8 +64,8 @@ class MoEConfig(Section):
     )
     balance_bias_rate: float | None = key(
         None,
-        "adds a bias to the scores by which experts are chosen, not to their weights, and moves it by so much each step "
-        "towards even load, without a gradient (arXiv:2408.15664); 0: a bias that stays; null: no bias",
+        "adds a bias to the scores by which experts are chosen, not to their weights, and moves it by so much each "
+        "step towards even load, without a gradient (arXiv:2408.15664); 0: a bias that stays; null: no bias",
         ge=0,
     )
     z_loss: float = key(
@@ -93,9 +93,7 @@ class MoEConfig(Section):
     @model_validator(mode="after")
     def _keys_belong_to_the_router(self) -> MoEConfig:
         if not self.normalize_weights and self.router in ("topk_softmax", "expert_choice"):
-            raise ValueError(
-                f"normalize_weights = false, and router {self.router!r} has no such choice; leave it out"
-            )
+            raise ValueError(f"normalize_weights = false, and router {self.router!r} has no such choice; leave it out")
         if self.router == "expert_choice":
             for name in ("capacity_factor", "balance_bias_rate"):
                 if getattr(self, name) is not None:

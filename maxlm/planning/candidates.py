@@ -21,6 +21,7 @@ from maxlm.planning.layout import network_of
 from maxlm.planning.memory_model import predicted_memory
 from maxlm.planning.roofline import Roofline, roofline
 from maxlm.planning.topology import Topology
+from maxlm.planning.widths import dense_width, expert_width
 
 if TYPE_CHECKING:
     from maxlm.config import RunConfig
@@ -213,7 +214,13 @@ def divisors(n: int) -> list[int]:
 
 def remat_choices(config: RunConfig) -> list[RematConfig]:
     """Policies worth a look: everything kept, matmuls kept, attention and (or) the MLP's middle kept, nothing kept."""
-    mlp = ("mlp_gate", "mlp_up") if config.model.gated else ("mlp_up",)
+    model = config.model
+    blocks = [
+        block
+        for block, width in (("mlp", dense_width), ("expert", expert_width))
+        if any(width(model, kind) for kind in model.layer_kinds)
+    ]
+    mlp = tuple(f"{block}_{name}" for block in blocks for name in (("gate", "up") if model.gated else ("up",)))
     kept = (ATTENTION[3:], ATTENTION, (*ATTENTION, "attention_out"), mlp, (*ATTENTION, *mlp))
     choices = [RematConfig(policy=policy) for policy in ("none", "dots", "full")]
     return choices + [RematConfig(policy="names", names=names) for names in kept]

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from maxlm.models.config import ModelConfig
+from maxlm.models.stacks import LayerKind
 from maxlm.models.weights import weights_of
 from maxlm.parallel.axes_table import ACTIVATIONS
 from maxlm.planning.recomputation import products
+from maxlm.planning.widths import choices, dense_width, expert_width
 
 if TYPE_CHECKING:
     from maxlm.config import RunConfig
@@ -46,6 +48,13 @@ class Shapes:
     heads: float
     kv_heads: float
     d_ff: float
+    """inside dense feed-forward blocks and shared experts, the mean over layers"""
+    expert_ff: float
+    """inside all the routed experts that a token goes to, the mean over layers"""
+    routed: float
+    """rows sorted by expert, one for each choice of a token, the mean over layers"""
+    mlp_shards: int
+    """of every width inside"""
     vocab: int
 
     @classmethod
@@ -62,7 +71,10 @@ class Shapes:
             residual_tokens=tokens // shards("residual_length"),
             heads=model.n_heads / shards("heads"),
             kv_heads=model.kv_heads / shards("kv_heads"),
-            d_ff=model.d_ff / shards("mlp"),
+            d_ff=sum(dense_width(model, kind) for kind in model.layer_kinds) / model.n_layers / shards("mlp"),
+            expert_ff=sum(expert_width(model, kind) for kind in model.layer_kinds) / model.n_layers / shards("mlp"),
+            routed=tokens * sum(choices(model, kind) for kind in model.layer_kinds) / model.n_layers,
+            mlp_shards=shards("mlp"),
             vocab=model.padded_vocab_size // shards("vocab"),
         )
 
@@ -98,11 +110,11 @@ def predicted_memory(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, i
 
 def state_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, int]:
     """Parameters, and the optimizer's two moments and counters, as they rest on a device."""
-    zero, width = config.mesh.zero, BYTES[config.precision.parameters]
-    weights = weights_of(config.model)
-    parameters = sum(weight.at_rest(sizes, shard_over_data=zero == 3) for weight in weights)
-    moments = 2 * sum(weight.at_rest(sizes, shard_over_data=zero >= 1) for weight in weights)
-    return {"parameters": parameters * width, "optimizer": moments * width}
+    zero, stored = config.mesh.zero, BYTES[config.precision.parameters]
+    widths = [(weight, 4 if weight.float32 else stored) for weight in weights_of(config.model)]
+    parameters = sum(weight.at_rest(sizes, shard_over_data=zero == 3) * width for weight, width in widths)
+    moments = 2 * sum(weight.at_rest(sizes, shard_over_data=zero >= 1) * width for weight, width in widths)
+    return {"parameters": parameters, "optimizer": moments}
 
 
 def kept_bytes(config: RunConfig, sizes: Mapping[str, int]) -> int:
@@ -158,6 +170,8 @@ def named_bytes(model: ModelConfig, shapes: Shapes, width: int) -> dict[str, flo
         "mlp_gate": inner if model.gated else 0,
         "mlp_up": inner,
         "mlp_out": residual,
+        "expert_gate": shapes.tokens * shapes.expert_ff * width if model.gated else 0,
+        "expert_up": shapes.tokens * shapes.expert_ff * width,
     }
 
 
@@ -177,7 +191,10 @@ def _everything(model: ModelConfig, shapes: Shapes, named: Mapping[str, float], 
     attention = lane_padding(model) * (named["q"] + named["k"] + named["v"]) + named["flash_out"] + named["q"]
     between = named["attention_out"] if model.norm == "rms" else 0
     mlp = named["mlp_up"] + named["mlp_gate"] + ACTIVATION_ARRAYS[model.mlp] * named["mlp_up"]
-    return norms + normed + attention + between + mlp
+    mlp += named["expert_up"] + named["expert_gate"] + ACTIVATION_ARRAYS[model.mlp] * named["expert_up"]
+    # Tokens as they are sorted, and what their experts made of them.
+    routed = 2 * shapes.routed * model.d_model * width
+    return norms + normed + attention + between + mlp + routed
 
 
 @dataclass(frozen=True)
@@ -228,7 +245,7 @@ def _layer_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     model, width = config.model, BYTES[config.precision.compute]
     shapes = Shapes.of(config, sizes)
     named = named_bytes(model, shapes, width)
-    inner = 2 * named["mlp_up"] + named["mlp_gate"]
+    inner = max(_inner_bytes(model, shapes, kind, width) for kind in set(model.layer_kinds))
     # Attention's output in two layouts; its log-sum-exp leaves the kernel once for each of 128 lanes.
     lse = shapes.tokens * shapes.heads * LANES * 4
     attention = named["q"] + lane_padding(model) * (2 * named["q"] + named["k"] + named["v"]) + lse
@@ -239,6 +256,13 @@ def _layer_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
         if weight.part in ("attention", "mlp"):
             gathered[weight.stack] += weight.gathered(sizes) * width
     return inner + attention + rope + residual + max(gathered.values())
+
+
+def _inner_bytes(model: ModelConfig, shapes: Shapes, kind: LayerKind, width: int) -> float:
+    """The inside of a layer's feed-forward block with its gradient, and of routed experts their sorted tokens too."""
+    inside = shapes.tokens * (dense_width(model, kind) + expert_width(model, kind)) / shapes.mlp_shards
+    sorted_rows = 2 * shapes.tokens * choices(model, kind) * model.d_model
+    return (inside * (3 if model.gated else 2) + sorted_rows) * width
 
 
 def _loss_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:

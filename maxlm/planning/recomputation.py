@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from maxlm.models.config import ModelConfig
+from maxlm.planning.widths import dense_width, expert_width
 
-PRODUCTS = ("q", "k", "v", "attention_out", "mlp_gate", "mlp_up")
+PRODUCTS = ("q", "k", "v", "attention_out", "mlp_gate", "mlp_up", "expert_gate", "expert_up")
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,26 @@ class Again:
         if part == "attention scores":
             return float("flash_out" in self.names)
         if part == "mlp":
-            inner = ("mlp_gate", "mlp_up") if model.gated else ("mlp_up",)
-            repeated, all_of_it = sum(name in self.names for name in inner), len(inner) + 1
-            if not model.mtp_layers:
-                return repeated / all_of_it
-            # Modules that predict further ahead project two vectors to a layer's input, in units of d_model x d_ff.
-            layers, projections = model.n_layers + model.mtp_layers, 2 * model.mtp_layers * model.d_model / model.d_ff
-            again = layers * repeated + projections * self.gathers
-            return again / (layers * all_of_it + projections)
+            return self._share_of_mlp(model)
         sizes = _projections(model)
         unneeded = {"attention_out"} if model.parallel_residual else set()
         names = self.names | ({"k", "v"} if model.latent is not None and self.names & {"k", "v"} else set())
         return sum(n for name, n in sizes.items() if name in names - unneeded) / sum(sizes.values())
+
+    def _share_of_mlp(self, model: ModelConfig) -> float:
+        """Of dense blocks, routed experts and routers, by their widths; routers are kept by `none` and `dots`. Modules
+        that predict further ahead have layers like the last, and two projections, of d_model, to their input."""
+        inner = ("gate", "up") if model.gated else ("up",)
+        kinds = (*model.layer_kinds, *model.layer_kinds[-1:] * model.mtp_layers)
+        dense = sum(dense_width(model, kind) for kind in kinds)
+        routed = sum(expert_width(model, kind) for kind in kinds)
+        routers = sum(model.moe.n_experts for kind in kinds if kind.experts and model.moe is not None)
+        once = routers + 2 * model.mtp_layers * model.d_model
+        done = dense * sum(f"mlp_{name}" in self.names for name in inner)
+        done += routed * sum(f"expert_{name}" in self.names for name in inner)
+        if model.remat.policy not in ("none", "dots"):
+            done += once
+        return done / ((dense + routed) * (len(inner) + 1) + once)
 
 
 def _projections(model: ModelConfig) -> dict[str, int]:

@@ -199,12 +199,14 @@ class _Step:
         # Queries are as wide as keys, and outputs as values.
         head_bytes = (model.head_width + model.value_width) / 2 * self.width
         q, kv = shapes.tokens * shapes.heads * head_bytes, shapes.tokens * shapes.kv_heads * head_bytes
-        inner = shapes.tokens * shapes.d_ff * self.width * (2 if model.gated else 1)
+        inner = shapes.tokens * (shapes.d_ff + shapes.expert_ff) * self.width * (2 if model.gated else 1)
+        # Routed tokens are sorted and put together again.
+        routed = 2 * shapes.routed * model.d_model * self.width
         # Bytes of one forward pass through all layers; the backward pass moves twice as many.
         through = {
             "attention projections": self._weight_bytes("attention") + layers * (4 * residual + 2 * (q + kv)),
             "attention scores": layers * 2 * (q + kv),
-            "mlp": self._weight_bytes("mlp") + layers * (4 * residual + 2 * inner),
+            "mlp": self._weight_bytes("mlp") + layers * (4 * residual + 2 * inner + 2 * routed),
         }
         flops = {"attention projections": projections, "attention scores": scores, "mlp": mlp}
         parts = []

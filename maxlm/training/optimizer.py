@@ -9,7 +9,6 @@ import optax
 
 from maxlm.training.config import OptimizerConfig
 
-
 # Moved by the step's own rule and not by gradients, which are zero: see `models/moe_losses.py`.
 UNTRAINED = ("balance_bias",)
 

@@ -14,7 +14,7 @@ from maxlm.inference.generate import bucket, generate, heal, next_logits, prefil
 from maxlm.inference.sampling import Sampling
 from maxlm.kernels.cross_entropy import logits
 from maxlm.parallel.axes import constrain
-from tests import latents, tiny
+from tests import latents, tiny, tiny_moe
 
 GREEDY = Sampling(temperature=0.0)
 BRICKS = {
@@ -32,6 +32,8 @@ BRICKS = {
     },
     "latent attention": latents.LATENT,
     "latent attention, whole queries, YaRN on scores": latents.LATENT_LITE,
+    "experts in every second layer": tiny_moe.QWEN3_MOE,
+    "experts in groups, and shared ones": tiny_moe.DEEPSEEK,
 }  # fmt: skip
 MESHES = {
     "one device": ({}, 1),

@@ -15,6 +15,7 @@ from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 from maxlm.models.transformer import Model
 from maxlm.parallel.mesh import MeshConfig, make_mesh
 from tests import latents, tiny
+from tests.interop import ours_moe
 
 # Scalings of RoPE that bear on rows as short as those of the tests.
 LLAMA31 = {
@@ -43,6 +44,7 @@ MODELS = {
     },
     "gpt2": tiny.GPT2,
     **latents.FAMILIES,
+    **ours_moe.MODELS,
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from tests.interop import public_latent
+from tests.interop import public_latent, public_moe
 
 LLAMA_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -121,8 +121,10 @@ CASES = {
     "gpt_neox": GPT_NEOX_CONFIG,
     "gpt_neox, sequential": {**GPT_NEOX_CONFIG, "use_parallel_residual": False, "rotary_pct": 1.0},
     "gpt2": GPT2_CONFIG,
+    **public_moe.CASES,
+    **public_latent.CASES,
 }  # fmt: skip
-CASES |= public_latent.CASES
+
 
 GOLDEN = Path(__file__).with_name("golden")
 

@@ -15,7 +15,7 @@ from maxlm.models.flops import (
     forward_flops_per_token,
     training_flops_per_token,
 )
-from tests import tiny
+from tests import tiny, tiny_moe
 
 VARIANTS = {
     "llama": tiny.LLAMA,
@@ -23,6 +23,9 @@ VARIANTS = {
     "gpt_neox": tiny.GPT_NEOX,
     "gpt2 untied": {**tiny.GPT2, "tied_embeddings": False},
     "llama with biases and qk-norm": {**tiny.LLAMA, "attention_bias": True, "mlp_bias": True, "qk_norm": True},
+    "experts in every second layer": tiny_moe.QWEN3_MOE,
+    "shared experts and a balancing bias": tiny_moe.DEEPSEEK,
+    "experts with biases": tiny_moe.GPT_OSS,
     "wide heads, squared relu": {**tiny.LLAMA, "head_dim": 32, "n_kv_heads": 1, "mlp": "relu2"},
 }
 
@@ -79,6 +82,8 @@ def test_presets_of_public_models_have_their_published_sizes(preset, total, non_
         ("qwen2.5-7b", "qwen2"),
         ("qwen3-8b", "qwen3"),
         ("pythia-6.9b", "gpt_neox"),
+        ("mixtral-8x7b", "mixtral"),
+        ("qwen3-30b-a3b", "qwen3_moe"),
     ],
 )
 def test_presets_of_public_models_are_of_their_families(preset, family):
@@ -140,6 +145,29 @@ def test_scores_are_counted_by_the_pairs_that_the_mask_leaves(window):
     assert 32 * attended_positions(config, 32, local=window is not None) == pairs
     per_pair = 4 * config.n_layers * config.n_heads * config.head_width
     assert 32 * forward_flops(config, 32).attention_scores == pytest.approx(per_pair * pairs)
+
+
+@pytest.mark.parametrize(
+    ("preset", "total", "active"),
+    [
+        ("mixtral-8x7b", 46.7e9, 12.9e9),  # arXiv:2401.04088, section 2
+        ("qwen3-30b-a3b", 30.5e9, 3.3e9),  # model card, whose active parameters are cut to two digits
+    ],
+)
+def test_presets_with_experts_have_their_published_sizes_and_active_ones(preset, total, active):
+    counted = count_parameters(load_config(preset).model)
+    assert counted.total == pytest.approx(total, rel=5e-3)
+    assert counted.active == pytest.approx(active, rel=5e-3 if active > 1e10 else 2e-2)
+
+
+def test_flops_of_experts_are_of_those_that_a_token_goes_to():
+    config = ModelConfig(**tiny_moe.DEEPSEEK)
+    moe, d = config.moe, config.d_model
+    layer = 2 * 3 * d * moe.d_ff * (moe.experts_per_token + moe.n_shared_experts) + 2 * d * moe.n_experts
+    assert forward_flops(config, 32).mlp == pytest.approx(2 * 3 * d * config.d_ff + 2 * layer)
+    counted = count_parameters(config)
+    idle = 2 * 3 * d * moe.d_ff * (moe.n_experts - moe.experts_per_token)
+    assert counted.active == counted.total - idle
 
 
 def test_a_dense_model_uses_all_its_parameters():

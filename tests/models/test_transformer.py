@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maxlm.models.losses import next_token_loss, token_negative_log_likelihoods
-from tests import latents, tiny
+from tests import latents, tiny, tiny_moe
 
 BRICKS = {
     "llama": tiny.LLAMA,
@@ -28,6 +28,8 @@ BRICKS = {
         "local_rope_theta": 100.0
     },
     **latents.MODELS,
+    "experts in groups, shared ones, balanced by rows": tiny_moe.DEEPSEEK,
+    "experts with biases and a capacity": tiny_moe.GPT_OSS,
 }  # fmt: skip
 MESHES = {"fsdp 8": {"fsdp": 8}, "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2}}
 

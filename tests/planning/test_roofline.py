@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from maxlm.config import load_config
-from maxlm.kernels import cross_entropy
+from maxlm.kernels import cross_entropy, grouped_matmul
 from maxlm.models.flops import attended_positions, training_flops_per_token
 from maxlm.parallel.mesh import AXES, resolve_sizes
 from maxlm.planning import memory_model
@@ -22,7 +22,7 @@ from maxlm.planning.hlo_loops import executions
 from maxlm.planning.memory_model import predicted_memory, state_bytes
 from maxlm.planning.roofline import Roofline, roofline
 from maxlm.planning.topology import parse_topology
-from tests import latents, tiny
+from tests import latents, tiny, tiny_moe
 
 COMPILED = json.loads((Path(__file__).parent / "compiled_memory.json").read_text())
 MESHES = {
@@ -44,6 +44,8 @@ MODELS = {
     | {"norm": "layer", "mlp": "geglu", "head_dim": 32},
     "plain mlp, tied, window": tiny.LLAMA
     | {"n_kv_heads": 4, "mlp": "relu2", "tied_embeddings": True, "attention_window": 7},
+    "experts": tiny_moe.DEEPSEEK
+    | {"n_kv_heads": 4, "moe": tiny_moe.DEEPSEEK["moe"] | {"n_experts": 4, "n_groups": 2, "groups_per_token": 1}},
     "layers of two kinds": tiny.LLAMA
     | {"n_kv_heads": 4, "n_layers": 5, "attention_window": 7, "attention_pattern": ("local", "global")},
     **latents.PLANNED,
@@ -148,8 +150,10 @@ def flops_of_products(program: str) -> int:
 
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
 @pytest.mark.parametrize("model", MODELS)
-def test_flops_are_those_of_the_program_that_the_compiler_is_given(model, remat):
-    """Within 1% on a dozen configs. The reference attention does not skip what the mask hides, the roofline does."""
+def test_flops_are_those_of_the_program_that_the_compiler_is_given(model, remat, monkeypatch):
+    """Within 1% on a dozen configs. The reference attention does not skip what the mask hides, the roofline does.
+    On a CPU the last tile of each expert's rows is not full; here they are small, and hardly count."""
+    monkeypatch.setattr(grouped_matmul, "LARGEST_TILE", grouped_matmul.SMALLEST_TILE)
     shape = MODELS[model] | {"vocab_size": 384, "attention_implementation": "reference", "remat": {"policy": remat}}
     run = tiny.config(model=shape, mesh={"fsdp": 1})
     found = roofline(run, parse_topology("v5e:1x1"), resolve_sizes(run.mesh, 1))

@@ -15,11 +15,16 @@ from maxlm.models.families.gpt2 import GPT2
 from maxlm.models.families.gpt_neox import GPT_NEOX
 from maxlm.models.families.llama import LLAMA
 from maxlm.models.families.mistral import MISTRAL
+from maxlm.models.families.mixtral import MIXTRAL
 from maxlm.models.families.qwen import QWEN2, QWEN3
+from maxlm.models.families.qwen_moe import QWEN3_MOE
 from maxlm.models.families.table import Family
 
 # A model of two families is exported as the first of them.
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, DEEPSEEK_V3, DEEPSEEK_V2, GPT_NEOX, GPT2)
+FAMILIES = (
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, DEEPSEEK_V3, DEEPSEEK_V2),
+    *(GPT_NEOX, GPT2, MIXTRAL, QWEN3_MOE),
+)
 
 
 def family_for(config: ModelConfig) -> Family:

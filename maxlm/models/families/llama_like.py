@@ -53,7 +53,7 @@ PREFIX, EMBEDDING = "model.", "model.embed_tokens.weight"
 
 _LAYER, _OURS = "model.layers.{layer}.", "decoder.*."
 
-WEIGHTS = (
+WITHOUT_MLP = (
     Weight(("embedding.tokens",), EMBEDDING, "vd -> vd"),
     Weight((f"{_OURS}attention_norm.scale",), f"{_LAYER}input_layernorm.weight", "d -> d"),
     Weight((f"{_OURS}attention.q",), f"{_LAYER}self_attn.q_proj.weight", "dhk -> (hk)d"),
@@ -67,15 +67,18 @@ WEIGHTS = (
     Weight((f"{_OURS}attention.q_norm.scale",), f"{_LAYER}self_attn.q_norm.weight", "k -> k", attrgetter("qk_norm")),
     Weight((f"{_OURS}attention.k_norm.scale",), f"{_LAYER}self_attn.k_norm.weight", "k -> k", attrgetter("qk_norm")),
     Weight((f"{_OURS}mlp_norm.scale",), f"{_LAYER}post_attention_layernorm.weight", "d -> d"),
+    Weight(("final_norm.scale",), "model.norm.weight", "d -> d"),
+    Weight(("head.kernel",), "lm_head.weight", "vd -> vd", untied),
+)
+MLP = (
     Weight((f"{_OURS}mlp.gate",), f"{_LAYER}mlp.gate_proj.weight", "df -> fd"),
     Weight((f"{_OURS}mlp.up",), f"{_LAYER}mlp.up_proj.weight", "df -> fd"),
     Weight((f"{_OURS}mlp.down",), f"{_LAYER}mlp.down_proj.weight", "fd -> df"),
     Weight((f"{_OURS}mlp.gate_bias",), f"{_LAYER}mlp.gate_proj.bias", "f -> f", attrgetter("mlp_bias")),
     Weight((f"{_OURS}mlp.up_bias",), f"{_LAYER}mlp.up_proj.bias", "f -> f", attrgetter("mlp_bias")),
     Weight((f"{_OURS}mlp.down_bias",), f"{_LAYER}mlp.down_proj.bias", "d -> d", attrgetter("mlp_bias")),
-    Weight(("final_norm.scale",), "model.norm.weight", "d -> d"),
-    Weight(("head.kernel",), "lm_head.weight", "vd -> vd", untied),
 )
+WEIGHTS = (*WITHOUT_MLP, *MLP)
 
 
 def family(
