@@ -24,11 +24,14 @@ MODELS = {
 # Models of public families, as `interop/ours.py` has them.
 FAMILIES = {
     "deepseek_v3, dense": {**LATENT, "norm_eps": 1e-6},
-    "deepseek_v2": {**LATENT_LITE, "moe": {**EXPERTS, "normalize_weights": False, "n_groups": 2}},
-    "deepseek_v3, two tokens further ahead": {
-        **MTP,
-        "moe": {**EXPERTS, "router": "sigmoid", "balance_bias_rate": 0.0, "n_groups": 2, "routed_scale": 2.5},
+    "deepseek_v2": {
+        **LATENT_LITE, "moe": {**EXPERTS, "normalize_weights": False, "n_groups": 2, "routed_scale": 2.5}
     },
+}  # fmt: skip
+# transformers reads its modules in another way.
+DEEPSEEK_V3 = {
+    **MTP,
+    "moe": {**EXPERTS, "router": "sigmoid", "balance_bias_rate": 0.0, "n_groups": 2, "routed_scale": 2.5},
 }
 
 # Sizes that the meshes of the planner's tests divide.

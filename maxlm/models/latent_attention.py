@@ -138,6 +138,7 @@ class LatentAttention(nnx.Module):
         """By the latents themselves: a head's score with a latent is that of its query, multiplied by the head's key
         projection, and its output the mean latent, multiplied by its value projection (the matrices that section
         2.1.2 absorbs)."""
+        assert context.lengths_B is not None
         up_CHX, n = use(self.kv_up, self.dtype), self.latent.nope_head_dim
         q_BTHC = jnp.einsum("bthn,chn->bthc", q_BTHN, up_CHX[..., :n])
         s_BHTS = jnp.einsum("bthc,bsc->bhts", q_BTHC, cache.latent_BSC, preferred_element_type=jnp.float32)

@@ -36,11 +36,11 @@ class MTPModule(nnx.Module):
     def __call__(
         self, hidden_BTD: jax.Array, embedded_BTD: jax.Array, context: Context
     ) -> tuple[jax.Array, Routing | None]:
-        """The representation for the head and the next module, and what the layer's router did if it has experts."""
+        """The residual stream after the layer, before `norm`, and what its router did if it has experts."""
         x_BTD = self._project(self.embedding_norm(embedded_BTD), self.embedding_proj, context)
         x_BTD = x_BTD + self._project(self.hidden_norm(hidden_BTD), self.hidden_proj, context)
         x_BTD, _, routing = self.block(x_BTD, context, None)
-        return self.norm(x_BTD), routing
+        return x_BTD, routing
 
     def _project(self, x_BTD: jax.Array, weight: nnx.Param, context: Context) -> jax.Array:
         return project(constrain(x_BTD, "batch", "length", "mlp"), weight, self.dtype, *context.residual)
@@ -49,10 +49,14 @@ class MTPModule(nnx.Module):
 def run_module(
     module: MTPModule, hidden_BTD: jax.Array, embedded_BTD: jax.Array, context: Context, config: ModelConfig
 ) -> tuple[jax.Array, Routing | None]:
-    """A module under the layers' remat policy."""
+    """The representation for the head and the next module, and what the layer's router did if it has experts.
+
+    The layer is under the layers' remat policy; the norm is not, so that the layer's last product is not made again.
+    """
     graph, params = nnx.split(module)
 
     def run(params, hidden_BTD, embedded_BTD):
         return nnx.merge(graph, params)(hidden_BTD, embedded_BTD, context)
 
-    return jax.checkpoint(run, policy=remat_policy(config.remat))(params, hidden_BTD, embedded_BTD)
+    x_BTD, routing = jax.checkpoint(run, policy=remat_policy(config.remat))(params, hidden_BTD, embedded_BTD)
+    return module.norm(x_BTD), routing

@@ -123,8 +123,9 @@ CASES = {
     "gpt2": GPT2_CONFIG,
     **public_dense.CASES,
     **public_moe.CASES,
+    **public_latent.CASES,
 }  # fmt: skip
-CASES |= public_latent.CASES
+
 
 # With encoders and encoder-decoders.
 EVERY = {**CASES, **public_sides.CASES}

@@ -20,7 +20,7 @@ from maxlm.interop import files
 from maxlm.interop.huggingface import export_params, export_run, import_model
 from maxlm.models.families import FAMILIES
 from maxlm.models.families.gpt_neox import GPT_NEOX
-from tests import tiny
+from tests import latents, tiny
 from tests.interop import ours, public
 
 MODELS = {
@@ -30,6 +30,7 @@ MODELS = {
         "head_dim": 32, "n_kv_heads": 1, "rope_theta": 5e5, "norm_eps": 1e-6, "init_std": 0.01
     },
     **ours.MODELS,
+    "deepseek_v3, two tokens further ahead": latents.DEEPSEEK_V3,
     "gpt2, untied": {**tiny.GPT2, "tied_embeddings": False},
 }  # fmt: skip
 
@@ -374,6 +375,27 @@ def test_a_public_models_tensors_go_in_and_out_bitwise(case, tmp_path):
     # tied.
     same = {"mistral, no window": "llama", "deepseek_v2, dense": "deepseek_v3", "mt5": "t5"}
     assert config["model_type"] == same.get(case, public.EVERY[case]["model_type"])
+
+
+def test_copies_of_embedding_and_head_are_read_once_and_modules_that_are_not_there_not_at_all(tmp_path):
+    ours.make_run(tmp_path / "run", latents.DEEPSEEK_V3, None)
+    export_run(tmp_path / "run", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 2
+    tensors = load_file(tmp_path / "out" / files.SINGLE)
+    first = {"embed_tokens": "model.embed_tokens.weight", "shared_head.head": "lm_head.weight"}
+    copies = {f"model.layers.{n}.{name}.weight": tensors[theirs] for n in (2, 3) for name, theirs in first.items()}
+    import_model(public.write_folder(tmp_path / "a", config, tensors | copies), tmp_path / "run-a")
+    export_run(tmp_path / "run-a", tmp_path / "again")
+    assert public.contents(tmp_path / "again") == public.contents(tmp_path / "out")
+
+    copies["model.layers.3.shared_head.head.weight"] = tensors["lm_head.weight"] + 1
+    with pytest.raises(DataError, match=r"model\.layers\.3\.shared_head\.head\.weight is not lm_head\.weight"):
+        import_model(public.write_folder(tmp_path / "b", config, tensors | copies), tmp_path / "run-b")
+
+    plain = {name: x for name, x in tensors.items() if not name.startswith(("model.layers.2.", "model.layers.3."))}
+    import_model(public.write_folder(tmp_path / "c", config, plain), tmp_path / "run-c")
+    assert load_config(tmp_path / "run-c" / "config.yaml").model.mtp_layers == 0
 
 
 def test_a_joined_projection_has_queries_keys_and_values_head_by_head():

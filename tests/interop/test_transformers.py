@@ -11,7 +11,7 @@ from maxlm.inference.generate import generate, generate_run
 from maxlm.inference.load import load_run
 from maxlm.inference.sampling import Sampling
 from maxlm.interop.huggingface import export_run, import_model
-from tests import tiny
+from tests import latents, tiny
 from tests.interop import ours, public
 from tests.interop.test_golden import our_logits
 
@@ -77,6 +77,40 @@ def test_transformers_gives_the_logits_and_greedy_text_of_an_exported_run(model,
     ours.make_run(tmp_path / "run", MODELS[model], tokenizer)
     export_run(tmp_path / "run", tmp_path / "out")
     assert_equal_models(tmp_path / "run", load_theirs(tmp_path / "out"))
+
+
+def test_transformers_makes_the_same_of_modules_that_predict_further_ahead(tmp_path, monkeypatch):
+    from transformers.modeling_layers import MtpModel
+
+    # It leaves out what it takes for modules, by the number of the layer in the released model.
+    monkeypatch.setattr(
+        transformers.DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"layers\.2.*", r"layers\.3.*"]
+    )
+    ours.make_run(tmp_path / "run", latents.DEEPSEEK_V3, None)
+    export_run(tmp_path / "run", tmp_path / "out")
+    theirs = load_theirs(tmp_path / "out")
+    modules = MtpModel.from_pretrained(theirs).eval()
+    run, ids = load_run(tmp_path / "run"), np.random.default_rng(3).integers(0, 300, (8, 24)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(24, dtype=np.int32), ids.shape)
+    ahead = [np.roll(ids, -k, axis=1) for k in (1, 2)]
+    with jax.set_mesh(run.mesh):
+
+        @jax.jit
+        def streams(params, ids, positions, ahead):
+            module = run.model.bind(params)
+            return module.ahead(module(ids, positions, None), ahead, positions, None)[0]
+
+        heads = np.asarray(run.params["head"]["kernel"], np.float64)[:300]
+        found = [np.asarray(x, np.float64) @ heads.T for x in streams(run.params, ids, positions, ahead)]
+    with torch.no_grad():
+        h = theirs.model(torch.from_numpy(ids)).last_hidden_state
+        for k, logits in enumerate(found):
+            n = 24 - k - 1  # positions with a token so far ahead
+            places, tokens = torch.arange(n)[None] + k + 1, torch.from_numpy(ids[:, k + 1 :])
+            h = modules.forward_layer(k, h[:, :n], places, None, input_ids=tokens)
+            expected = theirs.lm_head(h).numpy()
+            assert np.ptp(expected) > 1
+            assert np.abs(logits[:, :n] - expected).max() < 2e-5 * np.abs(expected).max()
 
 
 SIZES = {

@@ -4,8 +4,10 @@ import jax
 import pytest
 from pydantic import ValidationError
 
+from maxlm.config import load_config
 from maxlm.models.config import ModelConfig, RopeScalingConfig
-from maxlm.models.flops import cache_bytes_per_token
+from maxlm.models.families import family_for
+from maxlm.models.flops import cache_bytes_per_token, count_parameters, forward_flops
 from tests import latents, tiny
 
 
@@ -49,3 +51,44 @@ def test_what_is_not_of_latent_attention_is_refused_by_name(change, named):
     with pytest.raises(ValidationError) as caught:
         ModelConfig(**{**latents.LATENT, **change})
     assert named in str(caught.value)
+
+
+PRESETS = ["deepseek-v2-lite", "deepseek-v2", "deepseek-v3"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "total", "active", "cached"),
+    [
+        # Tensors of the released files; "2.4B" active, which is 2.45B without the table of token vectors.
+        ("deepseek-v2-lite", 15_706_484_224, 2.45e9, 27 * 576),
+        # Likewise; "21B".
+        ("deepseek-v2", 235_741_434_880, 20.85e9, 60 * 576),
+        # "671B" of the main model, "36.6B (including 0.9B for the output Head)": README_WEIGHTS.md of its repository.
+        ("deepseek-v3", 671_026_419_200, 36.6e9, 61 * 576),
+    ],
+)
+def test_presets_have_their_published_sizes(preset, total, active, cached):
+    config = load_config(preset)
+    counted, model = count_parameters(config.model), config.model
+    assert counted.total - counted.mtp == pytest.approx(total, rel=1e-4)
+    assert counted.active - model.vocab_size * model.d_model == pytest.approx(active, rel=5e-3)
+    assert cache_bytes_per_token(model, config.precision) == 2 * cached
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_of_their_families_and_come_back(preset):
+    config = load_config(preset).model
+    family = family_for(config)
+    assert family.model_type == preset.removesuffix("-lite").replace("-", "_")
+    again = family.from_hf_config(family.to_hf_config(config, dtype="bfloat16", special_ids={}), "config.json")
+    # Of the routers' losses and the bias's rate config.json says nothing.
+    said = {"balance_loss": 0.0, "balance_loss_over": "batch"}
+    said |= {} if config.moe.balance_bias_rate is None else {"balance_bias_rate": 0.0}
+    expected = config.model_copy(update={"moe": config.moe.model_copy(update=said), "remat": again.remat})
+    assert again == expected
+
+
+def test_scores_take_the_width_of_keys_and_values_that_of_values():
+    config = ModelConfig(**latents.LATENT)
+    pairs = 33 / 2  # of a row of 32
+    assert forward_flops(config, 32).attention_scores == 2 * 3 * 4 * ((12 + 8) + 10) * pairs

@@ -108,6 +108,16 @@ def test_a_model_with_modules_learns():
     assert losses[-1] < losses[0] - 0.5
 
 
+def test_the_routers_of_modules_are_balanced_as_the_layers_are():
+    model = {**latents.DEEPSEEK_V3, "moe": {**latents.DEEPSEEK_V3["moe"], "balance_bias_rate": 0.01}}
+    _, params = tiny.train_losses(tiny.config(model=model, train={"accumulation": 2}), 1, 1)
+    stack = next(name for name in params["decoder"] if "moe" in params["decoder"][name])
+    for layer in (params["decoder"][stack], params["mtp"]["0"]["block"], params["mtp"]["1"]["block"]):
+        bias = layer["moe"]["router"]["balance_bias"].ravel()
+        np.testing.assert_allclose(np.abs(bias[bias != 0]), 0.01, rtol=1e-6)
+        assert np.ptp(bias) == pytest.approx(0.02)
+
+
 def test_modules_do_not_go_with_learned_positions():
     with pytest.raises(ValidationError, match="mtp_layers = 1 with positions = 'learned'"):
         ModelConfig(**{**tiny.GPT2, "mtp_layers": 1})
