@@ -25,6 +25,10 @@ VARIANTS = {
     "gpt2 untied": {**tiny.GPT2, "tied_embeddings": False},
     "llama with biases and qk-norm": {**tiny.LLAMA, "attention_bias": True, "mlp_bias": True, "qk_norm": "head"},
     "norms before and after": {**tiny.LLAMA, "norm_placement": "sandwich"},
+    "bert": {**tiny.BERT, "next_sentence_head": True},
+    "t5": tiny.T5,
+    "bart": tiny.BART,
+    "the original Transformer, untied": {**tiny.TRANSFORMER, "tied_embeddings": False},
     "norms of sums": {**tiny.GPT2, "norm_placement": "post"},
     "wide heads, squared relu": {**tiny.LLAMA, "head_dim": 32, "n_kv_heads": 1, "mlp": "relu2"},
     "gemma2": ours_dense.GEMMA2,
@@ -42,7 +46,7 @@ def test_counted_parameters_are_those_of_the_arrays(name):
     with jax.set_mesh(program.mesh):
         params = program.abstract_state.params
     padding = run.model.padded_vocab_size - run.model.vocab_size
-    padding *= run.model.d_model * (1 if run.model.tied_embeddings else 2)
+    padding *= run.model.d_model * (1 if run.model.tied_embeddings else 2) + run.model.head_bias
     assert count_parameters(run.model).total == sum(np.prod(x.shape) for x in jax.tree.leaves(params)) - padding
 
 

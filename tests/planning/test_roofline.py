@@ -45,6 +45,9 @@ MODELS = {
     | {"norm": "layer", "mlp": "geglu", "head_dim": 32},
     "plain mlp, tied, window": tiny.LLAMA
     | {"n_kv_heads": 4, "mlp": "relu2", "tied_embeddings": True, "attention_window": 7},
+    "bert": {**tiny.BERT, "next_sentence_head": True},
+    "t5": tiny.T5,
+    "bart": tiny.BART,
     "layers of two kinds": tiny.LLAMA
     | {"n_kv_heads": 4, "n_layers": 5, "attention_window": 7, "attention_pattern": ("local", "global")},
     "gemma3": ours_dense.GEMMA3 | {"n_kv_heads": 4},
