@@ -17,10 +17,12 @@ from maxlm.checkpoint import CheckpointConfig
 from maxlm.config_file import apply_override, dump, find, read_tree
 from maxlm.config_keys import KeyRow, flatten, flatten_plain, near, validate, walk
 from maxlm.data.config import DataConfig
+from maxlm.data.denoising import Objective
 from maxlm.data.tokenizer import TokenizerConfig
 from maxlm.errors import CheckpointError, ConfigError
 from maxlm.evaluation.config import EvaluationConfig
 from maxlm.models.config import LossConfig, ModelConfig, PrecisionConfig
+from maxlm.models.flops import RowLengths
 from maxlm.parallel.distributed import DistributedConfig
 from maxlm.parallel.mesh import MeshConfig
 from maxlm.parallel.support import check as check_support
@@ -84,10 +86,30 @@ class RunConfig(Section):
         if problems := list(_misfits(self)):
             raise ValueError("\n".join(problems))
         try:
+            n_special = self.objective.n_special(self.train.seq_len)
+            if self.objective.special_id < n_special - 1:
+                raise ConfigError(
+                    f"data.objective: a row of train.seq_len = {self.train.seq_len} has {n_special} missing spans, and "
+                    f"there are {self.objective.special_id + 1} tokens up to the first sentinel; give "
+                    "first_sentinel_id, or a longer mean_span"
+                )
             check_support(self)
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return self
+
+    @property
+    def objective(self) -> Objective:
+        """What the model is to tell of a row's tokens. Raises ConfigError where it is not one of such a model."""
+        model = self.model
+        return Objective.of(
+            self.data.objective, model_kind=model.kind, vocab_size=model.vocab_size, start_id=model.decoder_start_id
+        )
+
+    @property
+    def row_lengths(self) -> RowLengths:
+        """Tokens of an encoder and a decoder that a row of train.seq_len becomes."""
+        return RowLengths(*self.objective.lengths(self.train.seq_len))
 
 
 def _misfits(c: RunConfig) -> Iterator[str]:

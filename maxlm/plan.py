@@ -152,7 +152,7 @@ def prediction(config: RunConfig, topology: Topology, plan: Plan, analytic: Roof
         best, worst = analytic.step_seconds
     tokens, budget = config.train.global_batch_tokens, config.train.global_batch_tokens * config.train.steps
     peak = topology.peak_flops_per_device(config.precision.compute) * topology.n_devices
-    flops = tokens * training_flops_per_token(config.model, config.train.seq_len)
+    flops = tokens * training_flops_per_token(config.model, config.train.seq_len, config.row_lengths)
     on_chip = "compute"
     if sum(part.hbm_seconds for part in analytic.parts) > sum(part.compute_seconds for part in analytic.parts):
         on_chip = "HBM"
@@ -176,7 +176,7 @@ def prediction(config: RunConfig, topology: Topology, plan: Plan, analytic: Roof
 
 def attention_seconds(config: RunConfig, topology: Topology) -> float:
     """Seconds of a device in attention's kernels: the model's FLOPs of scores and values at a share of the peak."""
-    per_token = 3 * forward_flops(config.model, config.train.seq_len).attention_scores
+    per_token = 3 * forward_flops(config.model, config.train.seq_len, config.row_lengths).attention_scores
     tokens = config.train.global_batch_tokens / topology.n_devices
     return per_token * tokens / (topology.peak_flops_per_device(config.precision.compute) * KERNEL_SHARE_OF_PEAK)
 
@@ -201,13 +201,14 @@ def about_topology(topology: Topology, dtype: str) -> dict[str, Any]:
 def about_model(config: RunConfig, topology: Topology) -> dict[str, Any]:
     """The model's size, and what a step does."""
     count, train = count_parameters(config.model), config.train
+    flops = training_flops_per_token(config.model, train.seq_len, config.row_lengths)
     return {
         "parameters": {"total": count.total, "active": count.active, "non_embedding": count.non_embedding},
-        "layers": config.model.n_layers,
+        "layers": config.model.total_layers,
         "seq_len": train.seq_len,
         "tokens_per_step": train.global_batch_tokens,
         "tokens_per_device": train.global_batch_tokens // topology.n_devices,
-        "model_flops_per_step": train.global_batch_tokens * training_flops_per_token(config.model, train.seq_len),
+        "model_flops_per_step": train.global_batch_tokens * flops,
         "steps": train.steps,
         "token_budget": train.steps * train.global_batch_tokens,
     }

@@ -99,18 +99,33 @@ def check_same_data(before: dict[str, Any], now: dict[str, Any], config: RunConf
 
 def open_data(program: Program) -> Loader:
     """The training data of the run, checked against its tokenizer and its model's vocabulary."""
-    config = program.config
+    config, objective = program.config, program.config.objective
+    if config.model.next_sentence_head:
+        raise ConfigError(
+            "model.next_sentence_head = true: there is no objective of next sentences to train it by; set it to false, "
+            "and masked tokens alone are learned"
+        )
     loader = Loader(
         config.data,
         seq_len=config.train.seq_len,
         global_batch=program.rows,
         seed=config.train.seed,
         tokenizer=load_tokenizer(config.tokenizer) if config.tokenizer.path else None,
+        objective=objective,
     )
     if loader.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size = {config.model.vocab_size} is less than the {loader.vocab_size} tokens of the "
             f"tokenizer that made the token store; set model.vocab_size={loader.vocab_size}"
+        )
+    given = config.data.objective.mask_id, config.data.objective.first_sentinel_id
+    n_special = objective.n_special(config.train.seq_len)
+    if given == (None, None) and loader.vocab_size + n_special > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {config.model.vocab_size} leaves no place for {n_special} tokens of "
+            f"data.objective.kind = {objective.kind!r} behind the {loader.vocab_size} of the tokenizer; set "
+            f"model.vocab_size={loader.vocab_size + n_special}, or say which of them they are "
+            "(data.objective.mask_id, data.objective.first_sentinel_id)"
         )
     return loader
 
@@ -211,7 +226,7 @@ def make_metrics(program: Program, done: int) -> Metrics:
         config.run_dir,
         config.metrics,
         tokens_per_step=config.train.global_batch_tokens,
-        model_flops_per_token=training_flops_per_token(config.model, config.train.seq_len),
+        model_flops_per_token=training_flops_per_token(config.model, config.train.seq_len, config.row_lengths),
         peak_flops_per_device=peak,
         n_devices=len(devices),
         total_steps=config.train.steps,

@@ -9,7 +9,7 @@ import numpy as np
 
 from maxlm.config import RunConfig
 from maxlm.parallel.mesh import make_mesh
-from maxlm.training.program import BATCH_ARRAYS, Program
+from maxlm.training.program import Program
 
 LLAMA = {"vocab_size": 300, "n_layers": 3, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "d_ff": 96, "max_seq_len": 64}
 GPT2 = {
@@ -32,6 +32,24 @@ GPT_NEOX = {
     "parallel_residual": True,
     "tied_embeddings": False,
 }
+
+BERT = {
+    **GPT2, "kind": "encoder", "norm_placement": "post", "embedding_norm": True, "token_types": 2, "mlp": "gelu_exact",
+    "head_transform": True, "head_bias": True,
+}  # fmt: skip
+T5 = {
+    **LLAMA, "kind": "encoder_decoder", "n_encoder_layers": 2, "n_kv_heads": 4, "head_dim": 20,
+    "positions": "relative", "relative_buckets": 8, "relative_max_distance": 12, "attention_scale": 1.0, "mlp": "relu",
+    "tied_embeddings": True, "logit_scale": 64**-0.5, "norm_eps": 1e-6,
+}  # fmt: skip
+BART = {
+    **GPT2, "kind": "encoder_decoder", "n_encoder_layers": 2, "norm_placement": "post", "embedding_norm": True,
+    "position_offset": 2, "mlp": "gelu_exact", "head_bias": True, "decoder_start_id": 2,
+}  # fmt: skip
+TRANSFORMER = {
+    **LLAMA, "kind": "encoder_decoder", "n_kv_heads": 4, "norm": "layer", "norm_placement": "post",
+    "positions": "sinusoidal", "embedding_scale": True, "mlp": "relu", "mlp_bias": True, "tied_embeddings": True,
+}  # fmt: skip
 
 
 def config(**sections: Any) -> RunConfig:
@@ -65,18 +83,24 @@ def host_batch(run: RunConfig, step: int, *, packed: bool = True) -> dict[str, n
     segments = np.cumsum(starts, axis=1)
     index = np.arange(length + 1)
     positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
-    return {
+    batch = {
         "inputs": tokens[:, :-1].astype(np.int32),
         "targets": tokens[:, 1:].astype(np.int32),
         "segments": segments[:, :-1].astype(np.int32),
         "positions": positions[:, :-1].astype(np.int32),
         "weights": (segments[:, 1:] == segments[:, :-1]).astype(np.float32),
     }
+    if run.model.kind == "encoder_decoder":
+        # Documents of the encoder's are a position longer or shorter than the decoder's.
+        batch |= {f"encoder_{name}": np.roll(batch[name], 1, axis=1) for name in ("inputs", "segments", "positions")}
+        for name, first in (("inputs", 5), ("segments", 1), ("positions", 0)):
+            batch[f"encoder_{name}"][:, 0] = first
+    return batch
 
 
 def to_mesh(program: Program, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """A batch on the program's mesh."""
-    return {name: jax.device_put(batch[name], program.batch_sharding) for name in BATCH_ARRAYS}
+    return {name: jax.device_put(batch[name], program.batch_sharding) for name in program.abstract_batch}
 
 
 def train_losses(run: RunConfig, n_devices: int, steps: int) -> tuple[list[float], Any]:

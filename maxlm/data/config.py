@@ -47,6 +47,25 @@ class StoreWeight(Section):
     weight: float = key(..., "its share of the samples, relative to the other weights", gt=0)
 
 
+class ObjectiveConfig(Section):
+    """What a model is to tell of a row's tokens."""
+
+    kind: Literal["causal", "mlm", "span_corruption"] | None = key(
+        None,
+        "causal: each next token; mlm: tokens that are masked (arXiv:1810.04805); span_corruption: spans that are "
+        "missing (T5, arXiv:1910.10683). Each is of one model.kind: decoder, encoder, encoder_decoder; null: that one",
+    )
+    mask_rate: float = key(0.15, "mlm, span_corruption: the part of a row's tokens that is to be told", gt=0, lt=1)
+    mean_span: float = key(3.0, "span_corruption: mean length of a missing span", unit="tokens", ge=1)
+    mask_id: int | None = key(None, "mlm: the token for a masked one; null: the last of model.vocab_size", ge=0)
+    first_sentinel_id: int | None = key(
+        None,
+        "span_corruption: the token for the first missing span, the next ones are those below it; null: the last of "
+        "model.vocab_size",
+        ge=0,
+    )
+
+
 class DataConfig(Section):
     """Documents, token store and batches."""
 
@@ -72,6 +91,7 @@ class DataConfig(Section):
     mixture: tuple[StoreWeight, ...] = key(
         (), "several stores to train on, with their weights, in place of `store`. Each counts its own epochs"
     )
+    objective: ObjectiveConfig = key(ObjectiveConfig(), "what a model is to tell of a row's tokens")
     shuffle: bool = key(True, "whether windows come in a shuffled order, another one each epoch, by train.seed")
     prefetch: int = key(4, "how many batches are read ahead", unit="batches", ge=1)
     cache_mib: int = key(

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from maxlm.data.config import DataConfig
+from maxlm.data.denoising import Draws, Marks, Objective
 from maxlm.data.mixture import Mixture, permute, shuffle_keys
-from maxlm.data.objectives import causal_batch
 from maxlm.data.storage import shared_context, storage_errors
 from maxlm.data.store import SPLITS, TokenStore
 from maxlm.errors import ConfigError, DataError
@@ -88,8 +88,10 @@ class Loader:
         seed: int,
         split: str = "train",
         tokenizer: Tokenizer | None = None,
+        objective: Objective | None = None,
     ):
-        """`seq_len` in tokens, `global_batch` in rows over all processes; `tokenizer`, if given, must be the stores'.
+        """`seq_len` in tokens, `global_batch` in rows over all processes; `tokenizer`, if given, must be the stores';
+        `objective` is next tokens unless given.
 
         Raises ConfigError where `data` names no store; DataError where a store is missing, damaged, made with another
         tokenizer, or shorter than a window.
@@ -99,6 +101,7 @@ class Loader:
         urls = [entry.store for entry in data.mixture] or [str(data.store)]
         weights = [entry.weight for entry in data.mixture] or [1.0]
         self.seq_len, self.global_batch, self.seed, self.split = seq_len, global_batch, seed, split
+        self._objective = objective or Objective()
         self._prefetch, self._shuffle = data.prefetch, data.shuffle
         self._stores = [TokenStore(url, tokenizer=tokenizer) for url in urls]
         self.manifests = [store.manifest for store in self._stores]
@@ -123,7 +126,10 @@ class Loader:
             "shuffle": data.shuffle,
             "stores": [manifest.fingerprint for manifest in self.manifests],
             "weights": weights,
+            **self._objective.fingerprint(),
         }
+        first = self.manifests[0]
+        self._marks = Marks(first.bos_id, first.eos_id, first.vocab_size)
 
     def _check_stores(self) -> None:
         first = self._stores[0]
@@ -150,7 +156,8 @@ class Loader:
     def rows(self, step: int, row_indices: np.ndarray) -> dict[str, np.ndarray]:
         """Rows int[n] `row_indices` of step `step`'s batch: a pure function of them and of the fingerprint.
 
-        Returns inputs, targets, segments, positions int32[n, T] and weights float32[n, T].
+        Returns inputs, targets, segments, positions int32[n, T] and weights float32[n, T], and for encoder-decoders
+        the encoder's (see docs/architecture.md, Batch).
         """
         samples = step * self.global_batch + np.asarray(row_indices, np.int64)
         stores, numbers = self._mixture.locate_batch(samples)
@@ -159,7 +166,7 @@ class Loader:
             chosen = np.flatnonzero(stores == store)
             starts = self._window_numbers(store, numbers[chosen]) * self.seq_len
             windows[chosen] = self._readers[self.split][store].windows(starts, self.seq_len + 1)
-        return causal_batch(windows, self.manifests[0].bos_id, self.manifests[0].eos_id)
+        return self._objective.batch(windows, self._marks, Draws(self.seed, 0, samples))
 
     def _window_numbers(self, store: int, numbers: np.ndarray) -> np.ndarray:
         """Which windows a store's samples `numbers` are."""
@@ -224,16 +231,14 @@ class Loader:
         width = self.seq_len + 1
         windows = np.zeros((len(numbers), width), self.manifests[0].dtype)
         lengths = np.zeros(len(numbers), np.int64)
-        text_bytes = np.zeros((len(numbers), self.seq_len), np.float32)
+        text_bytes = np.zeros((len(numbers), width), np.float32)
         for store, reader in enumerate(self._readers["heldout"]):
             for row in np.flatnonzero((numbers >= firsts[store]) & (numbers < firsts[store + 1])).tolist():
                 start = int(numbers[row] - firsts[store]) * self.seq_len
                 lengths[row] = min(width, reader.n_tokens - start)
                 windows[row, : lengths[row]] = reader.windows(np.array([start]), int(lengths[row]))[0]
-                text_bytes[row, : lengths[row] - 1] = self._bytes_of(store, windows[row, 1 : lengths[row]], start + 1)
-        manifest = self.manifests[0]
-        batch = causal_batch(windows, manifest.bos_id, manifest.eos_id, lengths)
-        return {**batch, "target_bytes": text_bytes * batch["weights"]}
+                text_bytes[row, : lengths[row]] = self._bytes_of(store, windows[row, : lengths[row]], start)
+        return self._objective.batch(windows, self._marks, Draws(self.seed, 1, numbers), lengths, text_bytes)
 
     def _bytes_of(self, store: int, tokens: np.ndarray, start: int) -> np.ndarray:
         """float32[n]: the bytes that held-out `tokens`, which begin at `start`, stand for."""

@@ -53,7 +53,9 @@ def evaluate_run(run_dir: str | Path, step: int | None = None) -> dict[str, floa
     train = run.config.train
     shards = shards_of("batch", run.mesh)
     rows = -(-train.global_batch_tokens // train.seq_len // shards) * shards
-    loader = Loader(run.config.data, seq_len=train.seq_len, global_batch=rows, seed=train.seed)
+    loader = Loader(
+        run.config.data, seq_len=train.seq_len, global_batch=rows, seed=train.seed, objective=run.config.objective
+    )
     sharding = jax.NamedSharding(run.mesh, activation_spec("batch", "length"))
     batches = device_batches(loader.eval_batches(process_rows(sharding, rows)), sharding, rows)
     with jax.set_mesh(run.mesh):

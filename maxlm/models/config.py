@@ -418,8 +418,8 @@ class ModelConfig(Section):
 
     @property
     def total_layers(self) -> int:
-        """Layers of both sides."""
-        return sum(map(len, self.sides.values()))
+        """Layers of both sides, and of the modules that predict further ahead."""
+        return sum(map(len, self.sides.values())) + self.mtp_layers
 
     @property
     def segments(self) -> tuple[Segment, ...]:

@@ -128,8 +128,7 @@ def kept_bytes(config: RunConfig, sizes: Mapping[str, int]) -> int:
     ):
         # On the host; or not asked for, where a layer norm has kept what it subtracted the mean from.
         carry = 0
-    layers = config.model.n_layers + config.model.mtp_layers
-    return int(layers * (carry + kept_per_layer(config, shapes)))
+    return int(config.model.total_layers * (carry + kept_per_layer(config, shapes)))
 
 
 def kept_per_layer(config: RunConfig, shapes: Shapes) -> float:

@@ -168,7 +168,7 @@ class _Step:
     def forward_flops(self) -> tuple[float, float, float, float]:
         """Forward FLOPs that a device does in a step: projections, scores, MLP, head (with the padded vocabulary)."""
         model = self.config.model
-        found = forward_flops(model, self.config.train.seq_len)
+        found = forward_flops(model, self.config.train.seq_len, self.config.row_lengths)
         head = found.head * model.padded_vocab_size / model.vocab_size
         share = self.config.train.global_batch_tokens / self.topology.n_devices
         return (
@@ -192,7 +192,7 @@ class _Step:
 
     def layers(self) -> list[Part]:
         """Projections, scores and MLP, forward and backward; and what the backward pass does again of each."""
-        n, layers, model = self.config.train.accumulation, self._n_layers, self.config.model
+        n, layers, model = self.config.train.accumulation, self.config.model.total_layers, self.config.model
         projections, scores, mlp, _ = self.forward_flops()
         shapes, repeated = self.shapes, again(model)
         residual = shapes.tokens * model.d_model * self.width
@@ -231,12 +231,7 @@ class _Step:
         gathers = 2 + (1 if repeated.gathers else 0)
         positions = self.cost("all-gather", residual, *LENGTH) * gathers
         positions += self.cost("reduce-scatter", residual, *LENGTH) * 2
-        return cost + positions * self._n_layers
-
-    @property
-    def _n_layers(self) -> int:
-        """The model's, and those of the modules that predict further ahead."""
-        return self.config.model.n_layers + self.config.model.mtp_layers
+        return cost + positions * self.config.model.total_layers
 
     def _gathered(self, part: str) -> list[Weight]:
         zero3 = self.config.mesh.zero == 3

@@ -26,6 +26,8 @@ BATCH_ARRAYS = {
     "positions": jnp.int32,
     "weights": jnp.float32,
 }
+ENCODER_ARRAYS = {"encoder_inputs": jnp.int32, "encoder_segments": jnp.int32, "encoder_positions": jnp.int32}
+"""what batches of encoder-decoders have besides"""
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,13 @@ class Program:
     @cached_property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch as shapes, formats and shardings."""
-        shape = (self.rows, self.config.train.seq_len)
+        lengths = self.config.row_lengths
+        arrays = {name: (lengths.decoder, dtype) for name, dtype in BATCH_ARRAYS.items()}
+        if self.config.model.kind == "encoder_decoder":
+            arrays |= {name: (lengths.encoder, dtype) for name, dtype in ENCODER_ARRAYS.items()}
         return {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding)
-            for name, dtype in BATCH_ARRAYS.items()
+            name: jax.ShapeDtypeStruct((self.rows, length), dtype, sharding=self.batch_sharding)
+            for name, (length, dtype) in arrays.items()
         }
 
     @cached_property

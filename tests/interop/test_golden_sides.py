@@ -34,12 +34,12 @@ def our_outputs(run, given):
         hidden = encoded.x_BSD
         # Filled up for the devices; no token sees a later one.
         decoder_inputs = jnp.pad(given["decoder_inputs"], ((0, 0), (0, 7)))
-        x_BTD = module(decoder_inputs, positions, jnp.ones_like(inputs), encoded=encoded)[:, :9]
+        x_BTD = module(decoder_inputs, positions, jnp.ones_like(inputs), encoded=encoded)
     found["hidden"] = np.asarray(hidden * segments[..., None])
     scores = logits(
         module.head_input(x_BTD), module.head_weight(), vocab_size=config.vocab_size, bias_V=module.head_bias()
     )
-    found["logits"] = np.asarray(scores * segments[..., None] if config.kind == "encoder" else scores)
+    found["logits"] = np.asarray(scores * segments[..., None] if config.kind == "encoder" else scores[:, :9])
     if config.next_sentence_head:
         found["next_sentence"] = np.asarray(module.next_sentence(x_BTD))
     return {name: array[:2] for name, array in found.items()}

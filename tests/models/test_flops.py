@@ -9,6 +9,7 @@ from maxlm.kernels.masks import Mask
 from maxlm.models.config import ModelConfig
 from maxlm.models.families import family_for
 from maxlm.models.flops import (
+    RowLengths,
     attended_positions,
     count_parameters,
     forward_flops,
@@ -25,6 +26,10 @@ VARIANTS = {
     "gpt2 untied": {**tiny.GPT2, "tied_embeddings": False},
     "llama with biases and qk-norm": {**tiny.LLAMA, "attention_bias": True, "mlp_bias": True, "qk_norm": "head"},
     "norms before and after": {**tiny.LLAMA, "norm_placement": "sandwich"},
+    "bert": {**tiny.BERT, "next_sentence_head": True},
+    "t5": tiny.T5,
+    "bart": tiny.BART,
+    "the original Transformer, untied": {**tiny.TRANSFORMER, "tied_embeddings": False},
     "norms of sums": {**tiny.GPT2, "norm_placement": "post"},
     "experts in every second layer": tiny_moe.QWEN3_MOE,
     "shared experts and a balancing bias": tiny_moe.DEEPSEEK,
@@ -45,7 +50,7 @@ def test_counted_parameters_are_those_of_the_arrays(name):
     with jax.set_mesh(program.mesh):
         params = program.abstract_state.params
     padding = run.model.padded_vocab_size - run.model.vocab_size
-    padding *= run.model.d_model * (1 if run.model.tied_embeddings else 2)
+    padding *= run.model.d_model * (1 if run.model.tied_embeddings else 2) + run.model.head_bias
     assert count_parameters(run.model).total == sum(np.prod(x.shape) for x in jax.tree.leaves(params)) - padding
 
 
@@ -89,6 +94,45 @@ def test_presets_of_public_models_have_their_published_sizes(preset, total, non_
 
 
 @pytest.mark.parametrize(
+    ("preset", "total", "within"),
+    [
+        # transformers' BertForPreTraining of the released config.json, 110,106,428, without pooler and its two logits.
+        ("bert-base", 110_106_428 - 768 * 769 - 2 * 769, 0),
+        ("bert-large", 340e6, 0.02),  # arXiv:1810.04805, section 3; with the pooler 336.2M
+        ("roberta-base", 125e6, 5e-3),  # its repository
+        ("distilbert-base", 66.4e6 + 768 * 769 + 2 * 768 + 30522, 1e-3),  # DistilBertModel, 66.4M, and the head
+        ("t5-small", 60_506_624, 0),  # released files, as those below
+        ("t5-base", 222_903_552, 0),
+        ("t5-11b", 11_307_321_344, 0),
+        ("flan-t5-xl", 2_849_757_184, 0),
+        ("mt5-base", 582_401_280, 0),
+        ("byt5-base", 582e6, 5e-3),  # arXiv:2105.13626, table 1
+        ("bart-large", 406_291_456 + 50_265, 0),  # released files, and the bias on the logits
+        ("transformer-big", 213e6, 6e-3),  # arXiv:1706.03762, table 3
+        ("transformer-base", 65e6, 0.04),  # there; 37,000 tokens, shared, and all layers are 63.0M
+    ],
+)
+def test_presets_of_encoders_and_encoder_decoders_have_their_published_sizes(preset, total, within):
+    assert count_parameters(load_config(preset).model).total == pytest.approx(total, rel=within, abs=0)
+
+
+def test_flops_of_an_encoder_decoder_are_of_each_sides_tokens_and_of_all_pairs():
+    """Written out for T5's bricks: 24 tokens of the encoder and 8 of the decoder, of rows of 28."""
+    c, tokens = ModelConfig(**tiny.T5), RowLengths(24, 8)
+    inner, d, f = c.n_heads * c.head_width, c.d_model, c.d_ff
+    found = forward_flops(c, 28, tokens)
+    layers, encoder_layers = c.n_layers, c.n_encoder_layers
+    keys_and_values = 2 * 2 * d * inner
+    assert 28 * found.attention_projections == pytest.approx(
+        24 * encoder_layers * 4 * 2 * d * inner + 8 * layers * 6 * 2 * d * inner + 24 * layers * keys_and_values
+    )
+    assert 28 * found.mlp == pytest.approx((24 * encoder_layers + 8 * layers) * 2 * 2 * d * f)
+    pairs = encoder_layers * 24 * 24 + layers * (8 * 9 / 2 + 8 * 24)
+    assert 28 * found.attention_scores == pytest.approx(4 * inner * pairs)
+    assert 28 * found.head == pytest.approx(8 * 2 * c.vocab_size * d)
+
+
+@pytest.mark.parametrize(
     ("preset", "family"),
     [
         ("llama3.1-8b", "llama"),
@@ -109,6 +153,16 @@ def test_presets_of_public_models_have_their_published_sizes(preset, total, non_
         ("qwen3-30b-a3b", "qwen3_moe"),
         ("gpt-oss-20b", "gpt_oss"),
         ("gpt-oss-120b", "gpt_oss"),
+        ("bert-base", "bert"),
+        ("bert-large", "bert"),
+        ("roberta-base", "roberta"),
+        ("distilbert-base", "distilbert"),
+        ("t5-small", "t5"),
+        ("t5-11b", "t5"),
+        ("flan-t5-xl", "t5"),
+        ("mt5-base", "t5"),
+        ("byt5-base", "t5"),
+        ("bart-large", "bart"),
     ],
 )
 def test_presets_of_public_models_are_of_their_families(preset, family):

@@ -34,6 +34,10 @@ BRICKS = {
     "gemma3": ours_dense.GEMMA3,
     "queries and keys normed over all heads": {**ours_dense.OLMO2, "embedding_norm": True, "norm_unit_offset": True},
     "opt": ours_dense.OPT,
+    "bert": tiny.BERT,
+    "t5": tiny.T5,
+    "bart": tiny.BART,
+    "the original Transformer": tiny.TRANSFORMER,
     "bloom": {**ours_dense.BLOOM, "tied_embeddings": False},
     **latents.MODELS,
     "experts in groups, shared ones, balanced by rows": tiny_moe.DEEPSEEK,
@@ -105,6 +109,11 @@ def test_a_documents_loss_alone_is_its_loss_inside_a_packed_row(bricks):
             for name in ("inputs", "targets", "positions", "weights"):
                 alone[name][0, :n] = packed[name][row, here]
             alone["segments"][0, :n] = 1
+            if "encoder_inputs" in packed:
+                there = packed["encoder_segments"][row] == segment
+                for name in ("inputs", "positions"):
+                    alone[f"encoder_{name}"][0, : there.sum()] = packed[f"encoder_{name}"][row, there]
+                alone["encoder_segments"][0, : there.sum()] = 1
             # float32 with other tile boundaries around the same keys
             np.testing.assert_allclose(
                 np.asarray(losses(tiny.to_mesh(program, alone)))[0, :n], together[row, here], rtol=2e-5, atol=2e-5

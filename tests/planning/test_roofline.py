@@ -47,6 +47,9 @@ MODELS = {
     | {"n_kv_heads": 4, "mlp": "relu2", "tied_embeddings": True, "attention_window": 7},
     "experts": tiny_moe.DEEPSEEK
     | {"n_kv_heads": 4, "moe": tiny_moe.DEEPSEEK["moe"] | {"n_experts": 4, "n_groups": 2, "groups_per_token": 1}},
+    "bert": {**tiny.BERT, "next_sentence_head": True},
+    "t5": tiny.T5,
+    "bart": tiny.BART,
     "layers of two kinds": tiny.LLAMA
     | {"n_kv_heads": 4, "n_layers": 5, "attention_window": 7, "attention_pattern": ("local", "global")},
     "gemma3": ours_dense.GEMMA3 | {"n_kv_heads": 4},

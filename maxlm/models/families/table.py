@@ -179,7 +179,7 @@ class Weight:
         return np.ascontiguousarray(array.transpose(order).reshape(self.shape(config)))
 
     def read(self, tensor: np.ndarray, config: ModelConfig) -> list[np.ndarray]:
-        """Ours, of one layer and without the vocabulary's padding: views of their tensor, unless RoPE turns its channels
+        """Ours, of one layer and without the vocabulary's padding: views of their tensor, unless RoPE turns channels
         in another order."""
         if self.parts:
             ends = np.cumsum([part.shape(config)[0] for part in self.parts])

@@ -1,0 +1,215 @@
+"""Objectives of hidden tokens: masked tokens for encoders, missing spans for encoder-decoders; and the choice of one.
+
+What is hidden of a row is a pure function of the run's seed and the row's number, as its tokens are: from the bits of
+Philox (Salmon et al. 2011), which are the same in every version of NumPy.
+
+Shapes: B rows, T tokens in a row, of windows of T + 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from maxlm.data.config import ObjectiveConfig
+from maxlm.data.objectives import causal_batch
+from maxlm.errors import ConfigError
+
+OBJECTIVE_OF = {"decoder": "causal", "encoder": "mlm", "encoder_decoder": "span_corruption"}
+"""the objective of each `model.kind`"""
+
+# Rows of encoder-decoders are filled up to a multiple of this, so that meshes share them out.
+LENGTH_MULTIPLE = 16
+# BERT's shares of chosen tokens that are masked, and that are replaced by any token; the others stay.
+MASKED, REPLACED = 0.8, 0.1
+
+
+class Marks(NamedTuple):
+    """What the token store's tokenizer says."""
+
+    bos_id: int | None
+    eos_id: int | None
+    vocab_size: int
+
+
+class Draws(NamedTuple):
+    """Where a batch's random numbers come from."""
+
+    seed: int
+    stream: int
+    """0 for training, 1 for evaluation"""
+    numbers: np.ndarray
+    """int[B]: each row's number in the run"""
+
+    def bits(self, count: int) -> np.ndarray:
+        """uint64[B, count], each row's own."""
+        made = [
+            np.random.Philox(key=[self.seed % 2**64, self.stream], counter=[0, 0, 0, number]).random_raw(count)
+            for number in self.numbers.tolist()
+        ]
+        return np.array(made, np.uint64).reshape(len(made), count)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is made of a row's tokens: `causal`, `mlm` or `span_corruption`."""
+
+    kind: str = "causal"
+    mask_rate: float = 0.15
+    mean_span: float = 3.0
+    special_id: int = 0
+    """the mask, or the first sentinel"""
+    start_id: int = 0
+    """the first of a decoder's inputs"""
+
+    @classmethod
+    def of(cls, config: ObjectiveConfig, *, model_kind: str, vocab_size: int, start_id: int) -> Objective:
+        """The objective of a config for a model. Raises ConfigError where they do not go together."""
+        kind = config.kind or OBJECTIVE_OF[model_kind]
+        if kind != OBJECTIVE_OF[model_kind]:
+            raise ConfigError(
+                f"data.objective.kind = {kind!r} and model.kind = {model_kind!r}: such a model is trained by "
+                f"{OBJECTIVE_OF[model_kind]!r}; leave data.objective.kind out"
+            )
+        key = {"causal": None, "mlm": "mask_id", "span_corruption": "first_sentinel_id"}[kind]
+        for name in ("mask_id", "first_sentinel_id"):
+            if name != key and getattr(config, name) is not None:
+                raise ConfigError(f"data.objective.{name} is not of kind = {kind!r}; leave it out")
+        special = getattr(config, key) if key else 0
+        special = vocab_size - 1 if special is None else special
+        if special >= vocab_size:
+            raise ConfigError(f"data.objective.{key} = {special} is not under model.vocab_size = {vocab_size}")
+        return cls(kind, config.mask_rate, config.mean_span, special, start_id)
+
+    def n_special(self, seq_len: int) -> int:
+        """How many tokens of the vocabulary a row of `seq_len` needs for itself: from `special_id` down."""
+        return {"causal": 0, "mlm": 1}.get(self.kind, self.spans(seq_len)[1])
+
+    def spans(self, length: int) -> tuple[int, int]:
+        """Missing tokens of a row, and the spans that they are in (arXiv:1910.10683, section 3.1.4)."""
+        if length < 2:
+            return 0, 0
+        missing = min(max(round(length * self.mask_rate), 1), length - 1)
+        return missing, min(max(round(missing / self.mean_span), 1), length - missing)
+
+    def lengths(self, seq_len: int) -> tuple[int, int]:
+        """Tokens in a row of the encoder's inputs and of the decoder's, made of `seq_len`; both that for others."""
+        if self.kind != "span_corruption":
+            return seq_len, seq_len
+        missing, spans = self.spans(seq_len)
+        return _filled(seq_len - missing + spans + 1), _filled(missing + spans + 1)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What batches depend on; nothing for the causal one, whose runs are older than this."""
+        return (
+            {} if self.kind == "causal" else {"objective": [self.kind, self.mask_rate, self.mean_span, self.special_id]}
+        )
+
+    def batch(
+        self,
+        windows: np.ndarray,
+        marks: Marks,
+        draws: Draws,
+        lengths: np.ndarray | None = None,
+        sizes: np.ndarray | None = None,
+    ) -> dict[str, np.ndarray]:
+        """The batch of windows [B, T + 1]. `lengths` int[B] says how many of a window's tokens there are, all unless
+        given; `sizes` [B, T + 1] is of the tokens and becomes `target_bytes`, of the targets."""
+        if self.kind == "span_corruption":
+            return _span_corruption(self, windows, marks, draws, lengths, sizes)
+        batch = causal_batch(windows, marks.bos_id, marks.eos_id, lengths)
+        if self.kind == "mlm":
+            batch = _mlm(self, batch, marks, draws)
+        if sizes is not None:
+            sizes = sizes[:, 1:] if self.kind == "causal" else sizes[:, :-1]
+            batch["target_bytes"] = (sizes * batch["weights"]).astype(np.float32)
+        return batch
+
+
+def _mlm(how: Objective, batch: dict[str, np.ndarray], marks: Marks, draws: Draws) -> dict[str, np.ndarray]:
+    """BERT's masked tokens (arXiv:1810.04805, section 3.1), others each time a row comes (RoBERTa's dynamic masking,
+    arXiv:1907.11692): in each row the rate of its tokens, bos and eos apart, is to be told."""
+    tokens = batch["inputs"]
+    here = (batch["segments"] > 0) & ~np.isin(tokens, [i for i in (marks.bos_id, marks.eos_id) if i is not None])
+    bits = draws.bits(3 * tokens.shape[1]).reshape(len(tokens), 3, -1)
+    ranked = np.where(here, bits[:, 0] >> np.uint64(1), np.uint64(2**64 - 1))
+    wanted = np.rint(here.sum(axis=1) * how.mask_rate)
+    ranks = np.argsort(np.argsort(ranked, axis=1, kind="stable"), axis=1, kind="stable")
+    chosen = here & (ranks < np.maximum(wanted, 1)[:, None])
+    uniform = (bits[:, 1] >> np.uint64(11)) * 2.0**-53
+    anything = (bits[:, 2] % np.uint64(marks.vocab_size)).astype(np.int32)
+    inputs = np.where(chosen & (uniform < MASKED), how.special_id, tokens)
+    inputs = np.where(chosen & (uniform >= MASKED) & (uniform < MASKED + REPLACED), anything, inputs)
+    targets = np.where(chosen, tokens, 0)
+    return batch | {
+        "inputs": inputs.astype(np.int32),
+        "targets": targets.astype(np.int32),
+        "weights": chosen.astype(np.float32),
+    }
+
+
+def _span_corruption(
+    how: Objective,
+    windows: np.ndarray,
+    marks: Marks,
+    draws: Draws,
+    lengths: np.ndarray | None,
+    sizes: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+    """T5's missing spans (arXiv:1910.10683, section 3.1.4): the encoder gets the first T tokens of a window with a
+    sentinel for each span, the decoder is to tell the sentinels and their spans; both end in eos. As there, a row is
+    one text, of however many documents."""
+    n_rows, seq_len = len(windows), windows.shape[1] - 1
+    encoder_length, decoder_length = how.lengths(seq_len)
+    bits = draws.bits(2 * seq_len)
+    encoder = np.zeros((n_rows, encoder_length), np.int32)
+    n_encoder, n_targets = np.zeros(n_rows, int), np.zeros(n_rows, int)
+    targets, source = np.zeros((n_rows, decoder_length), np.int32), np.full((n_rows, decoder_length), -1)
+    end = [] if marks.eos_id is None else [marks.eos_id]
+    for row in range(n_rows):
+        length = seq_len if lengths is None else max(0, min(seq_len, int(lengths[row]) - 1))
+        missing, spans = how.spans(length)
+        kept = _parts(length - missing, spans, bits[row, :seq_len])
+        gone = _parts(missing, spans, bits[row, seq_len:])
+        inputs, outputs, places, at = [], [], [], 0
+        for span, (n_kept, n_gone) in enumerate(zip(kept, gone, strict=True)):
+            sentinel, middle = [how.special_id - span], at + n_kept
+            inputs += [*windows[row, at:middle].tolist(), *sentinel]
+            outputs += sentinel + windows[row, middle : middle + n_gone].tolist()
+            places += [-1, *range(middle, middle + n_gone)]
+            at = middle + n_gone
+        if spans:
+            inputs, outputs, places = inputs + end, outputs + end, places + [-1] * len(end)
+        n_encoder[row], n_targets[row] = len(inputs), len(outputs)
+        encoder[row, : len(inputs)], targets[row, : len(outputs)] = inputs, outputs
+        source[row, : len(places)] = places
+    decoder = np.concatenate([np.full((n_rows, 1), how.start_id, np.int32), targets[:, :-1]], axis=1)
+    weights = (np.arange(decoder_length) < n_targets[:, None]).astype(np.float32)
+    batch = {
+        "inputs": np.where(weights > 0, decoder, 0).astype(np.int32),
+        "targets": targets,
+        "segments": weights.astype(np.int32),
+        "positions": np.broadcast_to(np.arange(decoder_length, dtype=np.int32), targets.shape).copy(),
+        "weights": weights,
+        "encoder_inputs": encoder,
+        "encoder_segments": (np.arange(encoder_length) < n_encoder[:, None]).astype(np.int32),
+        "encoder_positions": np.broadcast_to(np.arange(encoder_length, dtype=np.int32), encoder.shape).copy(),
+    }
+    if sizes is not None:
+        told = np.take_along_axis(sizes, np.maximum(source, 0), axis=1)
+        batch["target_bytes"] = np.where(source >= 0, told, 0).astype(np.float32)
+    return batch
+
+
+def _parts(items: int, parts: int, bits: np.ndarray) -> list[int]:
+    """Sizes of `items` in a row cut into `parts`, none empty, each cut equally likely."""
+    if not parts:
+        return []
+    cuts = np.sort(np.argsort(bits[: items - 1], kind="stable")[: parts - 1]) + 1
+    return np.diff([0, *cuts.tolist(), items]).tolist()
+
+
+def _filled(length: int) -> int:
+    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE

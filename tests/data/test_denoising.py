@@ -1,0 +1,108 @@
+"""What is hidden of a row: rates, shares, and that nothing of the row is lost; always the same for a seed and a row."""
+
+import numpy as np
+import pytest
+
+from maxlm.data.config import ObjectiveConfig
+from maxlm.data.denoising import Draws, Marks, Objective
+from maxlm.errors import ConfigError
+
+BOS, EOS, V = 0, 1, 60
+MARKS = Marks(BOS, EOS, V)
+
+
+def windows_of(rows, length, seed=0):
+    windows = np.random.default_rng(seed).integers(2, V, (rows, length + 1))
+    windows[:, 7], windows[:, 8] = EOS, BOS
+    return windows
+
+
+def draws(rows, first=0, seed=3, stream=0):
+    return Draws(seed, stream, np.arange(first, first + rows))
+
+
+def test_masked_tokens_are_of_berts_shares_and_the_others_stand_as_they_were():
+    how, windows = Objective("mlm", special_id=V), windows_of(200, 128)
+    batch = how.batch(windows, MARKS, draws(200))
+    tokens, told = windows[:, :-1], batch["weights"] == 1
+    ordinary = ~np.isin(tokens, [BOS, EOS])
+    assert not told[~ordinary].any()
+    assert (told.sum(axis=1) == np.rint(0.15 * ordinary.sum(axis=1))).all()
+    np.testing.assert_array_equal(batch["targets"], np.where(told, tokens, 0))
+    np.testing.assert_array_equal(batch["inputs"][~told], tokens[~told])
+    inputs, n = batch["inputs"][told], told.sum()
+    # Three standard deviations of a share of n draws.
+    assert abs((inputs == V).sum() / n - 0.8) < 3 * (0.8 * 0.2 / n) ** 0.5
+    kept = 0.1 + 0.1 / V  # also where any token is by chance the same
+    assert abs((inputs == tokens[told]).sum() / n - kept) < 3 * (kept * (1 - kept) / n) ** 0.5
+    # Every place is chosen about equally often.
+    assert np.ptp(told.sum(axis=0)[9:] / 200) < 0.3
+
+
+@pytest.mark.parametrize("length", [32, 113, 568])
+def test_sentinels_and_the_spans_behind_them_put_the_row_together_again(length):
+    how = Objective("span_corruption", special_id=99, start_id=5)
+    windows, n_windows = windows_of(20, length), 20
+    batch = how.batch(windows, MARKS, draws(n_windows))
+    missing, spans = how.spans(length)
+    assert (missing, spans) == (round(0.15 * length), round(round(0.15 * length) / 3))
+    encoder_length, decoder_length = how.lengths(length)
+    assert batch["encoder_inputs"].shape == (n_windows, encoder_length)
+    assert batch["targets"].shape == (n_windows, decoder_length)
+    for row in range(n_windows):
+        encoder = batch["encoder_inputs"][row][batch["encoder_segments"][row] == 1].tolist()
+        targets = batch["targets"][row][batch["weights"][row] == 1].tolist()
+        assert batch["inputs"][row, : len(targets)].tolist() == [5, *targets[:-1]]
+        assert (encoder.pop(), targets.pop()) == (EOS, EOS)
+        assert len(targets) == missing + spans
+        starts = [at for at, token in enumerate(targets) if token > V]
+        behind = {targets[a]: targets[a:b] for a, b in zip(starts, [*starts[1:], len(targets)], strict=True)}
+        assert list(behind) == [99 - i for i in range(spans)]
+        whole = [x for token in encoder for x in (behind[token][1:] if token > V else [token])]
+        assert whole == windows[row, :length].tolist()
+        assert all(len(span) > 1 for span in behind.values())
+
+
+def test_t5s_rows_of_568_tokens_fill_512_of_the_encoder():
+    """arXiv:1910.10683's code: 512 and 114 of 568; the decoder's are filled up to 128."""
+    assert Objective("span_corruption").lengths(568) == (512, 128)
+    assert sum(Objective("span_corruption").spans(568)) + 1 == 114
+
+
+@pytest.mark.parametrize("kind", ["mlm", "span_corruption"])
+def test_what_is_hidden_is_a_pure_function_of_seed_and_row(kind):
+    how, windows = Objective(kind, special_id=99), np.repeat(windows_of(1, 64), 6, axis=0)
+    batch = how.batch(windows, MARKS, draws(6))
+    later = how.batch(windows[:2], MARKS, draws(2, first=4))
+    for name, array in batch.items():
+        np.testing.assert_array_equal(array[4:], later[name])
+    name = "weights" if kind == "mlm" else "encoder_inputs"
+    assert len({row.tobytes() for row in batch[name]}) == 6
+    for other in (draws(6, seed=4), draws(6, stream=1)):
+        assert not np.array_equal(batch[name], how.batch(windows, MARKS, other)[name])
+
+
+@pytest.mark.parametrize("kind", ["causal", "mlm", "span_corruption"])
+def test_bytes_are_those_of_the_tokens_to_be_told_and_padding_is_told_nowhere(kind):
+    how, windows = Objective(kind, special_id=99), windows_of(3, 64)
+    lengths = np.array([65, 30, 0])
+    sizes = np.where(np.isin(windows, [BOS, EOS]), 0, windows).astype(np.float32)
+    batch = how.batch(windows, MARKS, draws(3), lengths, sizes)
+    ordinary = (batch["targets"] > 1) & (batch["targets"] < V)
+    np.testing.assert_array_equal(batch["target_bytes"], np.where(ordinary, batch["targets"] * batch["weights"], 0))
+    assert batch["weights"][0].sum() > batch["weights"][1].sum() > 0
+    assert batch["weights"][2].sum() == batch["segments"][2].sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        ({"kind": "mlm"}, "decoder", "data.objective.kind = 'mlm' and model.kind = 'decoder'"),
+        ({"kind": "causal"}, "encoder", "trained by 'mlm'"),
+        ({"mask_id": 300}, "encoder", "data.objective.mask_id = 300 is not under model.vocab_size = 300"),
+        ({"mask_id": 3}, "encoder_decoder", "data.objective.mask_id is not of kind = 'span_corruption'"),
+    ],
+)
+def test_an_objective_that_does_not_fit_the_model_is_refused_by_its_keys(given, kind, message):
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        Objective.of(ObjectiveConfig(**given), model_kind=kind, vocab_size=300, start_id=0)
