@@ -1,7 +1,7 @@
 """Tokens sorted by the expert that they go to, and what the experts made of them put together again.
 
-Both take rows by a permutation, and so do their gradients: no two rows are ever added into one by a scatter, which is
-slow, and on GPUs gives other sums each time. For one device: inside `shard_map`, or without a mesh.
+Rows are taken by a permutation, in gradients too: no two are ever added into one by a scatter, which is slow, and on GPUs
+gives other sums each time. For one device: inside `shard_map`, or without a mesh.
 
 Shape letters: N tokens, A experts of a token, D d_model, E experts.
 """
@@ -42,30 +42,21 @@ def spread(x_ND: jax.Array, order: Order) -> jax.Array:
     return x_ND[order.choice_R // order.place_NA.shape[1]]
 
 
-def _spread_forward(x_ND, order):
-    return spread(x_ND, order), order
-
-
-def _spread_backward(order: Order, dy_RD):
-    total = jnp.sum(dy_RD[order.place_NA].astype(jnp.float32), axis=1)
-    return total.astype(dy_RD.dtype), None
-
-
-spread.defvjp(_spread_forward, _spread_backward)
+@jax.custom_vjp
+def collect(y_RD: jax.Array, order: Order) -> jax.Array:
+    """The sum of each token's rows, in float32 and then in their format: `[N, D]`."""
+    return jnp.sum(y_RD[order.place_NA].astype(jnp.float32), axis=1).astype(y_RD.dtype)
 
 
 @jax.custom_vjp
-def collect(y_RD: jax.Array, order: Order) -> jax.Array:
-    """Sorted rows by token and choice: `[N, A, D]`."""
-    return y_RD[order.place_NA]
+def spread_choices(weights_NA: jax.Array, order: Order) -> jax.Array:
+    """A number of each choice in sorted order: `[R]`."""
+    return weights_NA.reshape(-1)[order.choice_R]
 
 
-def _collect_forward(y_RD, order):
-    return collect(y_RD, order), order
-
-
-def _collect_backward(order: Order, dx_NAD):
-    return dx_NAD.reshape(-1, dx_NAD.shape[-1])[order.choice_R], None
-
-
-collect.defvjp(_collect_forward, _collect_backward)
+spread.defvjp(lambda x_ND, order: (spread(x_ND, order), order), lambda order, dy_RD: (collect(dy_RD, order), None))
+collect.defvjp(lambda y_RD, order: (collect(y_RD, order), order), lambda order, dx_ND: (spread(dx_ND, order), None))
+spread_choices.defvjp(
+    lambda weights_NA, order: (spread_choices(weights_NA, order), order),
+    lambda order, dw_R: (dw_R[order.place_NA], None),
+)

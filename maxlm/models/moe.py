@@ -17,7 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels import manual
-from maxlm.kernels.dispatch import collect, order_by_expert, spread
+from maxlm.kernels.dispatch import collect, order_by_expert, spread, spread_choices
 from maxlm.kernels.grouped_matmul import grouped_matmul
 from maxlm.models.attention import Context
 from maxlm.models.config import ModelConfig
@@ -96,39 +96,47 @@ class Experts(nnx.Module):
         x_ND = manual.varying(x_BTD.reshape(-1, x_BTD.shape[-1]), mesh_axes("mlp"))
         if by_token:
             order = order_by_expert(index.reshape(-1, index.shape[-1]), self.up.shape[-3])
-            y_NAD = collect(self._products(spread(x_ND, order), order.sizes_E, weight_of), order)
-            y_ND = jnp.sum(y_NAD.astype(jnp.float32) * weights.reshape(*y_NAD.shape[:2], 1), axis=1)
+            share_R = spread_choices(weights.reshape(-1, weights.shape[-1]), order)
+            y_ND = collect(self._products(spread(x_ND, order), share_R, order.sizes_E, weight_of), order)
         else:
             n_rows, n_experts, capacity = index.shape
             first_B11 = jnp.arange(n_rows, dtype=index.dtype)[:, None, None] * x_BTD.shape[1]
-            source_R, weight_R = (jnp.swapaxes(a, 0, 1).reshape(-1) for a in (index + first_B11, weights))
+            source_R, share_R = (jnp.swapaxes(a, 0, 1).reshape(-1) for a in (index + first_B11, weights))
             sizes_E = jnp.full((n_experts,), n_rows * capacity, jnp.int32)
-            y_RD = self._products(x_ND[source_R], sizes_E, weight_of).astype(jnp.float32) * weight_R[:, None]
-            y_ND = manual.zeros(x_ND.shape, jnp.float32, y_RD).at[source_R].add(y_RD)
-        y_BTD = y_ND.astype(self.dtype).reshape(x_BTD.shape)
+            y_RD = self._products(x_ND[source_R], share_R, sizes_E, weight_of).astype(jnp.float32)
+            y_ND = manual.zeros(x_ND.shape, jnp.float32, y_RD).at[source_R].add(y_RD).astype(self.dtype)
+        y_BTD = y_ND.reshape(x_BTD.shape)
         if length_axes:
             return manual.scattered_total(y_BTD, length_axes, 1)
         return manual.total(y_BTD, mesh_axes("mlp"))
 
-    def _products(self, x_RD: jax.Array, sizes_E: jax.Array, weight_of: dict[str, jax.Array]) -> jax.Array:
-        """Each row through its expert; this device's share of the sum over the inner width."""
+    def _products(
+        self, x_RD: jax.Array, share_R: jax.Array, sizes_E: jax.Array, weight_of: dict[str, jax.Array]
+    ) -> jax.Array:
+        """Each row through its expert, times its share; this device's part of the sum over the inner width.
 
-        def product(x, name):
+        Shares are multiplied in before the last product, so that no gradient depends on its result.
+        """
+        share_R1 = share_R[:, None].astype(self.dtype)
+        one_R1 = jnp.ones_like(share_R1)
+
+        def product(x, name, factor_R1=one_R1):
             y = grouped_matmul(x, weight_of[name], sizes_E)
             if not self.biased:
                 return y
             bias_EF = weight_of[f"{name}_bias"]
             if name == "down":
                 bias_EF = jnp.where(manual.index(mesh_axes("mlp")) == 0, bias_EF, 0)
-            # As a product with a column of ones its gradient is summed by groups too.
-            return y + grouped_matmul(jnp.ones_like(x[:, :1]), bias_EF[:, None], sizes_E)
+            # As a product with a column its gradient is summed by groups too.
+            return y + grouped_matmul(factor_R1, bias_EF[:, None], sizes_E)
 
         up_RF = checkpoint_name(product(x_RD, "up"), "expert_up")
         if self.gated:
             hidden_RF = gated(self.activation, checkpoint_name(product(x_RD, "gate"), "expert_gate"), up_RF)
         else:
             hidden_RF = ACTIVATIONS[self.activation](up_RF)
-        return product(hidden_RF, "down")
+        hidden_RF = (hidden_RF.astype(jnp.float32) * share_R[:, None]).astype(self.dtype)
+        return product(hidden_RF, "down", share_R1)
 
 
 def _gathered(weight: jax.Array, spec: jax.sharding.PartitionSpec) -> jax.Array:

@@ -193,8 +193,8 @@ def _everything(model: ModelConfig, shapes: Shapes, named: Mapping[str, float], 
     between = named["attention_out"] if model.norm == "rms" else 0
     mlp = named["mlp_up"] + named["mlp_gate"] + ACTIVATION_ARRAYS[model.mlp] * named["mlp_up"]
     mlp += named["expert_up"] + named["expert_gate"] + ACTIVATION_ARRAYS[model.mlp] * named["expert_up"]
-    # Tokens as they are sorted, and what their experts made of them.
-    routed = 2 * shapes.routed * model.d_model * width
+    # Tokens as they are sorted, and the inside times their shares.
+    routed = shapes.routed * model.d_model * width + named["expert_up"]
     return norms + normed + attention + between + mlp + routed
 
 

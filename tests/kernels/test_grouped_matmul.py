@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.kernels.dispatch import collect, order_by_expert, spread
+from maxlm.kernels.dispatch import collect, order_by_expert, spread, spread_choices
 from maxlm.kernels.grouped_matmul import grouped_matmul
 from maxlm.planning.hlo import parse
 from maxlm.planning.hlo_loops import executions
@@ -82,7 +82,9 @@ def test_tokens_go_to_their_experts_and_come_back():
     by_expert = [n for e in range(E + 1) for n, a in np.argwhere(experts == e)]
     np.testing.assert_array_equal(sent, X.astype(np.float32)[by_expert])
     back = np.asarray(collect(jnp.asarray(sent), order))
-    np.testing.assert_array_equal(back, np.repeat(X.astype(np.float32)[:, None], 3, axis=1))
+    np.testing.assert_allclose(back, 3 * X.astype(np.float32), rtol=1e-6)
+    numbers = np.asarray(spread_choices(jnp.asarray(experts), order))
+    np.testing.assert_array_equal(numbers, np.sort(experts.reshape(-1)))
 
 
 def test_gradients_of_sorting_are_those_of_a_one_hot_product():
@@ -90,10 +92,13 @@ def test_gradients_of_sorting_are_those_of_a_one_hot_product():
     experts = jnp.asarray(rng.integers(0, E + 1, (N, 3)).astype(np.int32))
     order = order_by_expert(experts, E)
     x, y = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((N, D), (3 * N, D)))
-    dsent, dback = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((3 * N, D), (N, 3, D)))
+    dsent, dback = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((3 * N, D), (N, D)))
     places = np.zeros((3 * N, N, 3))
     for n, a in np.ndindex(N, 3):
         places[order.place_NA[n, a], n, a] = 1
     dx, dy = jax.vjp(lambda x: spread(x, order), x)[1](dsent)[0], jax.vjp(lambda y: collect(y, order), y)[1](dback)[0]
     np.testing.assert_allclose(dx, np.einsum("rna,rd->nd", places, dsent), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(dy, np.einsum("rna,nad->rd", places, dback), rtol=1e-6)
+    np.testing.assert_allclose(dy, np.einsum("rna,nd->rd", places, dback), rtol=1e-6)
+    shares = jnp.asarray(rng.standard_normal((N, 3)), jnp.float32)
+    dshares = jax.vjp(lambda w: spread_choices(w, order), shares)[1](dsent[:, 0])[0]
+    np.testing.assert_allclose(dshares, np.einsum("rna,r->na", places, dsent[:, 0]), rtol=1e-6)
