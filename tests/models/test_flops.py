@@ -1,5 +1,7 @@
 """Counts of parameters and FLOPs, against the arrays themselves, published sizes and the compiler."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -257,3 +259,26 @@ def test_flops_of_experts_are_of_those_that_a_token_goes_to():
 def test_a_dense_model_uses_all_its_parameters():
     counted = count_parameters(ModelConfig(**tiny.LLAMA))
     assert counted.active == counted.total
+
+
+def sizes_in_the_docs():
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    table = text.partition("<!-- sizes: begin -->")[2].partition("<!-- sizes: end -->")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+
+
+def in_words(size):
+    return float(size[:-1]) * {"B": 1e9, "M": 1e6}[size[-1]]
+
+
+@pytest.mark.parametrize("row", sizes_in_the_docs(), ids=lambda row: row[0].strip("`"))
+def test_the_docs_tell_each_presets_size_which_is_within_a_percent_of_the_published_one(row):
+    config = load_config(row[0].strip("`")).model
+    counted = count_parameters(config)
+    assert in_words(row[1]) == pytest.approx(counted.total - counted.mtp, rel=1e-3)
+    assert in_words(row[1]) == pytest.approx(in_words(row[2]), rel=1e-2)
+    if row[3]:
+        embedding = 0 if row[0] in ("`mixtral-8x7b`", "`qwen3-30b-a3b`") else config.vocab_size * config.d_model
+        # Rounded to two figures where they are published.
+        assert in_words(row[3]) == pytest.approx(counted.active - embedding, rel=2e-3)
+        assert in_words(row[3]) == pytest.approx(in_words(row[4]), rel=2.5e-2)
