@@ -1,7 +1,7 @@
 """Tokens sorted by the expert that they go to, and what the experts made of them put together again.
 
-Rows are taken by a permutation, in gradients too: no two are ever added into one by a scatter, which is slow, and on GPUs
-gives other sums each time. For one device: inside `shard_map`, or without a mesh.
+Rows are taken by a permutation, in gradients too: no two are ever added into one by a scatter, which is slow, and on
+GPUs gives other sums each time. For one device: inside `shard_map`, or without a mesh.
 
 Shape letters: N tokens, A experts of a token, D d_model, E experts.
 """
