@@ -81,12 +81,13 @@ def accumulated_gradients(
 
     def mean_loss(params: Params, micro: Batch):
         total, parts = next_token_loss(model, params, micro, loss_config)
-        loss, found = total / targets, {"nll": parts["nll_sum"] / targets}
+        mean = total / targets
+        found = {"nll": parts["nll_sum"] / targets}
         if "routing" in parts:
             found["balance_loss"] = parts["balance_sum"] / targets
             found["router_z_loss"] = parts["router_z_sum"] / targets
             found["routing"] = parts["routing"]
-        return loss, found
+        return mean, found
 
     value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
     if accumulation == 1:

@@ -41,9 +41,14 @@ BRICKS = {
     "bloom": {**ours_dense.BLOOM, "tied_embeddings": False},
     **latents.MODELS,
     "experts in groups, shared ones, balanced by rows": tiny_moe.DEEPSEEK,
-    "experts with biases and a capacity": {
-        **tiny_moe.GPT_OSS, "moe": {**tiny_moe.GPT_OSS["moe"], "capacity_factor": 1.0}
+    "experts with biases, sinks": tiny_moe.GPT_OSS,
+}  # fmt: skip
+# Of these a document's loss depends on what else is in its row.
+BY_ROWS = {
+    "experts with a capacity": {
+        **tiny_moe.MIXTRAL, "moe": {**tiny_moe.MIXTRAL["moe"], "capacity_factor": 1.0, "balance_loss": 0.01}
     },
+    "experts that choose": tiny_moe.EXPERT_CHOICE,
 }  # fmt: skip
 MESHES = {"fsdp 8": {"fsdp": 8}, "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2}}
 
@@ -70,14 +75,15 @@ def assert_close(found, expected, rtol):
         )
 
 
-@pytest.mark.parametrize("bricks", BRICKS)
+@pytest.mark.parametrize("bricks", [*BRICKS, *BY_ROWS])
 def test_loss_and_gradients_on_a_mesh_are_one_devices(bricks):
-    one = tiny.config(model=BRICKS[bricks])
+    model = (BRICKS | BY_ROWS)[bricks]
+    one = tiny.config(model=model)
     # A single key and value head cannot be cut in two; `support.check_mesh` refuses it.
     mesh = MESHES["fsdp 8" if one.model.kv_heads == 1 else "data 2 x fsdp 2 x tensor 2"]
     batch = tiny.host_batch(one, 0)
     loss, grads = loss_and_gradients(one, 1, batch)
-    mesh_loss, mesh_grads = loss_and_gradients(tiny.config(model=BRICKS[bricks], mesh=mesh), 8, batch)
+    mesh_loss, mesh_grads = loss_and_gradients(tiny.config(model=model, mesh=mesh), 8, batch)
     assert mesh_loss == pytest.approx(loss, rel=1e-5)
     assert_close(mesh_grads, grads, 1e-4)
 
