@@ -34,13 +34,13 @@ def config_of(path, store, run_dir, model, **sections):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_loss_falls_and_a_resumed_run_goes_on_bitwise_as_the_whole_one(name, store, tmp_path):
     config, run_dir = config_of(tmp_path / "tiny.yaml", store, tmp_path / "run", MODELS[name]), tmp_path / "run"
-    run_processes(1, runs.command(config))
+    run_processes(1, runs.command(config), timeout=400)
     lines, scores = runs.training_lines(run_dir), runs.evaluation_lines(run_dir)
     assert sum(line["loss"] for line in lines[-5:]) < 0.95 * sum(line["loss"] for line in lines[:5])
     assert scores[-1]["eval_loss"] < scores[0]["eval_loss"]
     assert scores[-1]["eval_bits_per_byte"] > 0
     shutil.rmtree(run_dir / "checkpoints" / "30")
-    run_processes(1, runs.command(config))
+    run_processes(1, runs.command(config), timeout=400)
     resumed = runs.training_lines(run_dir)
     assert resumed[-15:] == lines[-15:]
     assert runs.evaluation_lines(run_dir)[-1]["eval_loss"] == scores[-1]["eval_loss"]
