@@ -14,7 +14,7 @@ from tests.processes import run_processes
 SIZES = {"vocab_size": 400, "n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 4, "d_ff": 64, "max_seq_len": 64}
 MODELS = {
     "bert": {**tiny.BERT, **SIZES},
-    "t5": {**tiny.T5, **SIZES, "n_encoder_layers": 1, "head_dim": 8},
+    "t5": {**tiny.T5, **SIZES, "n_encoder_layers": 1, "head_dim": 8, "logit_scale": 1.0},
 }  # fmt: skip
 TRAIN = {"steps": 30, "seq_len": 64, "global_batch_tokens": 1024}
 
@@ -26,7 +26,13 @@ def store(tmp_path_factory):
 
 def config_of(path, store, run_dir, model, **sections):
     """The sizes of a tiny model's config, and none that `runs` has of its own."""
-    sections = {"train": TRAIN, "checkpoint": {"every": 15}, "evaluation": {"every": 15}, **sections}
+    sections = {
+        "optimizer": {"learning_rate": 1e-2},
+        "train": TRAIN,
+        "checkpoint": {"every": 15},
+        "evaluation": {"every": 15},
+        **sections,
+    }
     return runs.write_config(path, store, run_dir, model=model, **sections)
 
 
