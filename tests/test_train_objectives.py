@@ -14,7 +14,7 @@ from tests.processes import run_processes
 SIZES = {"vocab_size": 400, "n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 4, "d_ff": 64, "max_seq_len": 64}
 MODELS = {
     "bert": {**tiny.BERT, **SIZES},
-    "t5": {**tiny.T5, **SIZES, "n_encoder_layers": 1, "head_dim": 8},
+    "t5": {**tiny.T5, **SIZES, "n_encoder_layers": 1, "head_dim": 8, "logit_scale": 1.0},
 }  # fmt: skip
 TRAIN = {"steps": 30, "seq_len": 64, "global_batch_tokens": 1024}
 
@@ -26,7 +26,13 @@ def store(tmp_path_factory):
 
 def config_of(path, store, run_dir, model, **sections):
     """The sizes of a tiny model's config, and none that `runs` has of its own."""
-    sections = {"train": TRAIN, "checkpoint": {"every": 15}, "evaluation": {"every": 15}, **sections}
+    sections = {
+        "optimizer": {"learning_rate": 1e-2},
+        "train": TRAIN,
+        "checkpoint": {"every": 15},
+        "evaluation": {"every": 15},
+        **sections,
+    }
     return runs.write_config(path, store, run_dir, model=model, **sections)
 
 
@@ -34,13 +40,13 @@ def config_of(path, store, run_dir, model, **sections):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_loss_falls_and_a_resumed_run_goes_on_bitwise_as_the_whole_one(name, store, tmp_path):
     config, run_dir = config_of(tmp_path / "tiny.yaml", store, tmp_path / "run", MODELS[name]), tmp_path / "run"
-    run_processes(1, runs.command(config))
+    run_processes(1, runs.command(config), timeout=400)
     lines, scores = runs.training_lines(run_dir), runs.evaluation_lines(run_dir)
     assert sum(line["loss"] for line in lines[-5:]) < 0.95 * sum(line["loss"] for line in lines[:5])
     assert scores[-1]["eval_loss"] < scores[0]["eval_loss"]
     assert scores[-1]["eval_bits_per_byte"] > 0
     shutil.rmtree(run_dir / "checkpoints" / "30")
-    run_processes(1, runs.command(config))
+    run_processes(1, runs.command(config), timeout=400)
     resumed = runs.training_lines(run_dir)
     assert resumed[-15:] == lines[-15:]
     assert runs.evaluation_lines(run_dir)[-1]["eval_loss"] == scores[-1]["eval_loss"]

@@ -197,7 +197,8 @@ def _checked_names(files: TensorFiles, family: Family, config: ModelConfig) -> d
     names: dict[str, str] = {}
     for name in files.files:
         full = family.spell(name)
-        full = full if full in tensors or full.startswith(family.prefix) else family.prefix + full
+        known = full in tensors or full.startswith(family.prefix) or re.fullmatch(family.buffers, full)
+        full = full if known else family.prefix + full
         full = name if name == family.head else full
         if full in names:
             raise DataError(f"{files.where(name)}: {name} is {names[full]} once more, under another name")

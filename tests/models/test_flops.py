@@ -173,7 +173,7 @@ def test_presets_of_public_models_are_of_their_families(preset, family):
     theirs = family_for(config).to_hf_config(config, dtype="bfloat16", special_ids={})
     again = family_for(config).from_hf_config(theirs, "config.json")
     filled_in = {"n_kv_heads": config.kv_heads, "head_dim": config.head_width}
-    filled_in |= {name: getattr(config, name) for name in ("remat", "residual_init_scaling")}
+    filled_in |= {name: getattr(config, name) for name in ("remat", "residual_init_scaling", "n_encoder_layers")}
     assert again.model_copy(update=filled_in) == config.model_copy(update=filled_in)
 
 

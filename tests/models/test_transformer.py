@@ -128,17 +128,21 @@ def test_a_documents_loss_alone_is_its_loss_inside_a_packed_row(bricks):
     assert checked == 6 * run.train.seq_len
 
 
-@pytest.mark.parametrize("mesh", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["one device", "mesh"])
-def test_remat_policies_give_equal_gradients(mesh):
+@pytest.mark.parametrize(
+    ("mesh", "bricks"),
+    [({}, tiny.LLAMA), ({"data": 2, "fsdp": 2, "tensor": 2}, tiny.LLAMA), ({}, tiny.T5)],
+    ids=["one device", "mesh", "encoder-decoder"],
+)
+def test_remat_policies_give_equal_gradients(mesh, bricks):
     policies = [
         {"policy": "none"},
         {"policy": "full"},
         {"policy": "dots"},
         {"policy": "names", "names": ["q", "flash_out", "flash_lse", "mlp_up"]},
     ]
-    batch = tiny.host_batch(tiny.config(), 0)
+    batch = tiny.host_batch(tiny.config(model=bricks), 0)
     results = [
-        loss_and_gradients(tiny.config(model={**tiny.LLAMA, "remat": p}, mesh=mesh), 8 if mesh else 1, batch)
+        loss_and_gradients(tiny.config(model={**bricks, "remat": p}, mesh=mesh), 8 if mesh else 1, batch)
         for p in policies
     ]
     for found in results[1:]:
