@@ -309,6 +309,7 @@ def test_the_promised_presets_are_there():
     promised |= {"llama3.1-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b", "pythia-6.9b"}
     promised |= {"gemma2-9b", "gemma2-27b", "gemma3-4b", "gemma3-27b", "olmo2-7b", "phi3-mini"}
     promised |= {"opt-6.7b", "bloom-176b", "gpt3-175b"}
+    promised |= {"mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b", "gpt-oss-120b"}
     assert promised <= set(preset_names())
 
 
@@ -319,6 +320,8 @@ def test_a_preset_says_its_true_size_and_length(preset):
     total, inner = re.search(r"([\d,]+) parameters(?: here)?, ([\d,]+) without", text).groups()
     count = count_parameters(config.model)
     assert (total, inner) == (f"{count.total:,}", f"{count.non_embedding:,}")
+    active = re.search(r", ([\d,]+) active", text)
+    assert (active[1] if active else total) == f"{count.active:,}"
     if tokens := re.search(r"; ([\d.]+)([BT]) tokens", text):
         scale = {"B": 1e9, "T": 1e12}[tokens[2]]
         assert f"{config.train.steps * config.train.global_batch_tokens / scale:.1f}" == tokens[1]
