@@ -232,6 +232,7 @@ def _parallel(writer: Any, config: ModelConfig) -> None:
 
 
 _LLAMA = Architecture("LLAMA", changes={r"self_attn\.[qk]_proj": _interleaved}, scalings=("linear", "yarn", "llama3"))
+_EXPERTS = "mlp.experts."
 _NORMS_PLUS_ONE = {r"norm\.weight$": _plus_one}
 # By `Family.model_type`.
 ARCHITECTURES = {
@@ -250,6 +251,28 @@ ARCHITECTURES = {
         numbers=_gemma3_numbers,
         global_every=6,
     ),
+    "olmo2": Architecture("OLMO2", misfits=_olmo2_misfits, needs_head=True),
+    "phi3": Architecture("PHI3", misfits=_wide_heads),
+    "mixtral": replace(_LLAMA, numbers=_expert_numbers),
+    "qwen3_moe": Architecture("QWEN3MOE", misfits=_qwen3_moe_misfits, numbers=_expert_numbers),
+    "gpt_oss": Architecture(
+        "GPT_OSS",
+        layouts={
+            f"{_EXPERTS}gate_up_proj": "emd",
+            f"{_EXPERTS}gate_up_proj_bias": "em",
+            f"{_EXPERTS}down_proj": "edm",
+        },
+        renamed={
+            "self_attn.sinks": ("self_attn.sinks.weight",),
+            f"{_EXPERTS}gate_up_proj": (f"{_EXPERTS}gate_proj.weight", f"{_EXPERTS}up_proj.weight"),
+            f"{_EXPERTS}gate_up_proj_bias": (f"{_EXPERTS}gate_proj.bias", f"{_EXPERTS}up_proj.bias"),
+            f"{_EXPERTS}down_proj": (f"{_EXPERTS}down_proj.weight",),
+            f"{_EXPERTS}down_proj_bias": (f"{_EXPERTS}down_proj.bias",),
+        },
+        numbers=_gpt_oss_numbers,
+        global_every=2,
+        needs_head=True,
+    ),
     "gpt2": Architecture(
         "GPT2",
         layouts={
@@ -265,5 +288,10 @@ ARCHITECTURES = {
         misfits=_biases,
         numbers=_parallel,
         needs_head=True,
+    ),
+    "bloom": Architecture(
+        "BLOOM",
+        layouts={"query_key_value.weight": "(nhk)d", "query_key_value.bias": "(nhk)"},
+        cut="transformer.",
     ),
 }

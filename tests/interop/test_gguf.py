@@ -32,6 +32,8 @@ GEMMA3 = {
     **ours.MODELS["gemma3"], "n_layers": 7, "attention_pattern": ["local"] * 5 + ["global"], "local_rope_theta": 1e4,
     "rope_theta": 500.0
 }  # fmt: skip
+QWEN3_MOE = {**ours.MODELS["qwen3_moe"], "moe": {"n_experts": 8, "experts_per_token": 3, "d_ff": 32}}
+GPT_OSS = {**ours.MODELS["gpt_oss"], "rope_scaling": ours.YARN}
 MODELS = {
     "llama, wide heads, untied": {**tiny.LLAMA, "head_dim": 32, "rope_theta": 5e5},
     "llama, biases, tied": {
@@ -58,10 +60,24 @@ MODELS = {
         **GEMMA3, "n_layers": 62, "attention_scale": 16**-0.5, "d_ff": 32, "tied_embeddings": False
     },
     "gemma3, no window, soft-capped logits": ours.MODELS["gemma3, all layers global, soft-capped logits"],
+    "olmo2": ours.MODELS["olmo2"],
+    "olmo2, tied, one key head": {**ours.MODELS["olmo2"], "tied_embeddings": True, "n_kv_heads": 1},
+    "phi3": {**ours.MODELS["phi3"], "attention_window": 64},
+    "phi3, tied": {**ours.MODELS["phi3"], "attention_window": None, "rope_fraction": 0.25, "tied_embeddings": True},
+    "mixtral": {**ours.MODELS["mixtral"], "attention_window": None},
+    "qwen3_moe": QWEN3_MOE,
+    "gpt_oss": GPT_OSS,
+    "gpt_oss, no window, wide heads, tied, all experts": {
+        **GPT_OSS, "attention_window": None, "attention_pattern": [], "head_dim": 24, "n_kv_heads": 1,
+        "rope_scaling": None, "tied_embeddings": True, "d_ff": 64,
+        "moe": {**GPT_OSS["moe"], "n_experts": 2, "d_ff": 64}
+    },
+    "bloom": ours.MODELS["bloom"],
+    "bloom, untied": {**ours.MODELS["bloom"], "tied_embeddings": False},
 }  # fmt: skip
 # llama.cpp takes GELU from a table of float16 numbers (ggml-cpu, GGML_GELU_FP16), whose errors grow with depth: rounded
 # so too, ours are 3 to 15 times as close. The other scale of scores changes logits by all of their size.
-TOLERANCE = {"gpt": 2e-3, "gemma": 5e-3, "gemma, 27B": 5e-2}
+TOLERANCE = {"gpt2": 2e-3, "gpt_neox": 2e-3, "bloom": 2e-3, "gemma": 5e-3, "gemma, 27B": 5e-2}
 
 
 def tolerance(model):
@@ -147,7 +163,9 @@ def test_llama_cpp_gives_the_logits_of_an_exported_model(model, tmp_path, tokeni
     assert np.abs(found - expected).max() < tolerance(model) * np.abs(expected).max()
 
 
-GREEDY = ("llama 3.1", "qwen2", "qwen3", "gemma2", "gemma3")
+GREEDY = (
+    *("llama 3.1", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "phi3", "mixtral", "qwen3_moe", "gpt_oss", "bloom"),
+)
 
 
 @pytest.mark.parametrize("model", GREEDY)
@@ -176,6 +194,22 @@ def test_smaller_formats_are_close_to_float32(tmp_path, tokenizer):
         assert largest / 20 < error < largest, (dtype, error)
         sizes[dtype] = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) > 1)
     assert sizes["float16"] == sizes["bfloat16"] == round(sizes["q8_0"] * 64 / 34)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "q8_0"])
+def test_experts_are_smaller_too_and_routers_and_biases_are_float32(dtype, tmp_path, tokenizer):
+    # Rounding chooses no other experts where all are chosen. An expert multiplies what is rounded twice.
+    ids, here = prompts(), made("gpt_oss, no window, wide heads, tied, all experts")
+    expected, theirs = logits_of(*here, ids), exported(tmp_path / "model.gguf", *here, tokenizer, dtype)
+    found = np.stack([their_logits(theirs, row) for row in ids])
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert error < 2 * FORMATS[dtype], error
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    small = {"float16": "F16", "q8_0": "Q8_0"}[dtype]
+    for name in ("gate", "up", "down"):
+        assert kinds[f"blk.0.ffn_{name}_exps.weight"] == small
+        assert kinds[f"blk.0.ffn_{name}_exps.bias"] == "F32"
+    assert kinds["blk.0.ffn_gate_inp.weight"] == "F32"
 
 
 TEXTS = [
@@ -233,6 +267,18 @@ REFUSED = {
     "yarn from within pairs": (
         {**tiny.LLAMA, "rope_scaling": {**ours.YARN, "truncate": False}}, "rope_scaling.truncate = False (it has True)"
     ),
+    "wide heads of olmo2": ({**ours.MODELS["olmo2"], "head_dim": 24}, "model.head_dim = 24"),
+    "biases of olmo2": (
+        {**ours.MODELS["olmo2"], "attention_bias": True, "attention_out_bias": True}, "model.attention_bias = True"
+    ),
+    "wide heads of phi3": ({**ours.MODELS["phi3"], "head_dim": 24}, "model.head_dim = 24"),
+    "biases of qwen3_moe": ({**QWEN3_MOE, "attention_bias": True, "attention_out_bias": True}, "attention_bias = True"),
+    "dense layers and plain weights of qwen3_moe": (
+        ours.MODELS["qwen3_moe"],
+        "model.moe.normalize_weights = False (it has True); model.moe.first_layer = 1, model.moe.every = 2",
+    ),
+    "global layers of gpt_oss first": ({**GPT_OSS, "attention_pattern": ["global", "local"]}, "['global', 'local']"),
+    "the published gpt_oss's yarn": (ours.MODELS["gpt_oss"], "model.rope_scaling.truncate = False (it has True)"),
     "a family that it has not": (ours.MODELS["opt"], "opt models cannot be written as GGUF; these can: llama, mistral"),
     "yarn's own factor": (
         {**tiny.LLAMA, "rope_scaling": {**ours.YARN, "attention_factor": 2.0}}, "rope_scaling.attention_factor = 2"
