@@ -1,14 +1,12 @@
 """Runs to GGUF files, which llama.cpp and what is built on it load.
 
-GGUF's names come from the `gguf` package, which knows them by transformers' names; what is said here of a family is its
-architecture in llama.cpp, the tensors that lie otherwise there, and what it has no equal for.
+GGUF's names come from the `gguf` package, which knows them by transformers' names; what llama.cpp has for each family
+stands in `gguf_architectures.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import numpy as np
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.errors import ConfigError
 from maxlm.interop.files import new_file
+from maxlm.interop.gguf_architectures import Architecture, architecture_for
 from maxlm.interop.gguf_tokenizer import Vocabulary, vocabulary
 from maxlm.interop.huggingface import check_tokenizer, load_for_export, to_host
 from maxlm.models.config import ModelConfig
@@ -28,105 +27,6 @@ from maxlm.models.transformer import Params
 
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 Q8_0_BLOCK = 32
-
-
-def _same(array: np.ndarray, config: ModelConfig) -> np.ndarray:
-    return array
-
-
-def _interleaved(array: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Rows of queries or keys with the pairs that RoPE turns side by side, as llama.cpp has them for Llama; ours are in
-    the first and the second half of a head."""
-    k = config.head_width
-    return array.reshape(-1, 2, k // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-
-
-def _own_yarn(config: ModelConfig) -> Iterator[str]:
-    """YaRN's numbers that not every llama.cpp reads from the file."""
-    scaling = config.rope_scaling
-    if scaling is None or scaling.kind != "yarn":
-        return
-    for number in ("attention_factor", "beta_fast", "beta_slow"):
-        default = getattr(scaling.model_copy(update={number: None}).filled_in, number)
-        if abs(getattr(scaling.filled_in, number) - default) > 1e-6 * default:
-            yield f"model.rope_scaling.{number} = {getattr(scaling, number):g} (it has {default:g})"
-
-
-def _no_misfits(config: ModelConfig) -> Iterator[str]:
-    return iter(())
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What llama.cpp has for a family."""
-
-    name: str
-    """of gguf.MODEL_ARCH"""
-    layouts: Mapping[str, str] = field(default_factory=dict)
-    """tensors that lie otherwise than transformers', by the end of their name: the right side of a `Weight.layout`"""
-    changes: Mapping[str, Callable[[np.ndarray, ModelConfig], np.ndarray]] = field(default_factory=dict)
-    """what is done to tensors, by a pattern of transformers' name; the shape stays"""
-    scalings: tuple[str, ...] = ("linear", "yarn")
-    """kinds of `rope_scaling` that it has"""
-    misfits: Callable[[ModelConfig], Iterator[str]] = _no_misfits
-    """what else it has no equal for, a clause each"""
-    needs_head: bool = False
-    """whether a tied head is written a second time"""
-
-    def refusals(self, config: ModelConfig) -> list[str]:
-        """Why llama.cpp cannot run the model; none where it can."""
-        wrong = list(self.misfits(config))
-        if config.rope_scaling is not None and config.rope_scaling.kind not in self.scalings:
-            wrong.append(f"model.rope_scaling.kind = {config.rope_scaling.kind!r} (it has {', '.join(self.scalings)})")
-        return wrong + list(_own_yarn(config))
-
-    def relaid(self, tensor: Tensor) -> Tensor:
-        """The tensor as it lies in llama.cpp."""
-        for end, layout in self.layouts.items():
-            if tensor.name.endswith(end):
-                ours, _, _ = tensor.weight.layout.partition(" -> ")
-                return tensor._replace(weight=replace(tensor.weight, layout=f"{ours} -> {layout}"))
-        return tensor
-
-
-def _no_biases(config: ModelConfig) -> Iterator[str]:
-    if config.attention_bias:
-        yield "model.attention_bias = True (it has none)"
-
-
-def _biases(config: ModelConfig) -> Iterator[str]:
-    if not config.attention_bias:
-        yield "model.attention_bias = False (it has them)"
-
-
-def _wide_heads(config: ModelConfig) -> Iterator[str]:
-    if config.n_heads * config.head_width != config.d_model:
-        yield f"model.head_dim = {config.head_width} (it has d_model / n_heads = {config.d_model / config.n_heads:g})"
-
-
-_LLAMA = Architecture("LLAMA", changes={r"self_attn\.[qk]_proj": _interleaved}, scalings=("linear", "yarn", "llama3"))
-# By `Family.model_type`.
-ARCHITECTURES = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": Architecture("QWEN2", misfits=_wide_heads),
-    "qwen3": Architecture("QWEN3", misfits=_no_biases),
-    "gpt2": Architecture(
-        "GPT2",
-        layouts={
-            "attn.c_attn.weight": "(nhk)d",
-            "attn.c_proj.weight": "d(hk)",
-            "mlp.c_fc.weight": "fd",
-            "mlp.c_proj.weight": "df",
-        },
-    ),
-    "gpt_neox": Architecture(
-        "GPTNEOX",
-        layouts={"query_key_value.weight": "(nhk)d", "query_key_value.bias": "(nhk)"},
-        misfits=_biases,
-        needs_head=True,
-    ),
-}
 
 
 def export_run(run_dir: str | Path, out: str | Path, dtype: str = "float32", step: int | None = None) -> None:
@@ -144,19 +44,6 @@ def export_run(run_dir: str | Path, out: str | Path, dtype: str = "float32", ste
         export_params(config.model, run.params, out, tokenizer, dtype, name=config.name)
 
 
-def architecture_for(config: ModelConfig) -> Architecture:
-    """llama.cpp's architecture of a model. Raises ConfigError, naming the keys, where there is none."""
-    family = family_for(config)
-    architecture = ARCHITECTURES.get(family.model_type)
-    if architecture is None:
-        raise ConfigError(
-            f"{family.model_type} models cannot be written as GGUF; these can: {', '.join(ARCHITECTURES)}"
-        )
-    if refusals := architecture.refusals(config):
-        raise ConfigError(f"llama.cpp has no equal of this {family.model_type} model: {'; '.join(refusals)}")
-    return architecture
-
-
 def export_params(
     config: ModelConfig,
     params: Params,
@@ -166,12 +53,12 @@ def export_params(
     *,
     name: str = "maxlm",
 ) -> None:
-    """Writes parameters and tokenizer as one GGUF file; `dtype` is that of matrices, all else is float32.
+    """Writes parameters and tokenizer as one GGUF file; `dtype` is that of matrices, all else and routers are float32.
 
-    On the host there is one tensor at a time. The same model gives the same bytes; `out` appears when all of it is
-    written. `q8_0` is blocks of 32 eight-bit numbers with a float16 scale each; matrices whose rows are no multiple of
-    32 are float16 then. Raises ConfigError where llama.cpp has no equal of the model or the tokenizer, StorageError
-    where `out` cannot be written.
+    On the host there is one tensor at a time; of experts, one of all those of a layer. The same model gives the same
+    bytes; `out` appears when all of it is written. `q8_0` is blocks of 32 eight-bit numbers with a float16 scale each;
+    matrices whose rows are no multiple of 32 are float16 then. Raises ConfigError where llama.cpp has no equal of the
+    model or the tokenizer, StorageError where `out` cannot be written.
     """
     gguf = _gguf()
     _check_dtype(dtype)
@@ -183,7 +70,7 @@ def export_params(
         writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[architecture.name]])
         try:
             writer.add_name(name)
-            _add_model(writer, config)
+            _add_model(writer, architecture, config)
             _add_file_type(writer, dtype)
             _add_tokenizer(writer, config, vocab, tokenizer)
             factors = _rope_factors(config)
@@ -227,11 +114,12 @@ def _named(architecture: Architecture, family: Family, config: ModelConfig) -> d
     gguf = _gguf()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.name], config.n_layers)
     found: dict[str, Tensor] = {}
-    for tensor in family.tensors(config).values():
-        name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
+    tensors = [tensor for weight in architecture.weights(family) for tensor in weight.tensors(config)]
+    for tensor in sorted(tensors, key=lambda tensor: tensor.name):
+        name = names.get_name(tensor.name.removeprefix(architecture.cut), try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ConfigError(f"{tensor.name} has no name in GGUF's architecture {architecture.name.lower()}")
-        found[name] = architecture.relaid(tensor)
+        found[name] = tensor
     if architecture.needs_head and config.tied_embeddings:
         found["output.weight"] = found["token_embd.weight"]
     return found
@@ -239,7 +127,7 @@ def _named(architecture: Architecture, family: Family, config: ModelConfig) -> d
 
 def _format(name: str, shape: tuple[int, ...], dtype: str) -> str:
     """How a tensor is stored."""
-    if len(shape) == 1 or name == "position_embd.weight":
+    if len(shape) == 1 or name == "position_embd.weight" or name.endswith((".bias", ".ffn_gate_inp.weight")):
         return "float32"
     return "float16" if dtype == "q8_0" and shape[-1] % Q8_0_BLOCK else dtype
 
@@ -271,10 +159,12 @@ def _as_stored(array: np.ndarray, stored: str, name: str) -> np.ndarray:
     return cast
 
 
-def _add_model(writer: Any, config: ModelConfig) -> None:
+def _add_model(writer: Any, architecture: Architecture, config: ModelConfig) -> None:
     """The sizes and numbers of the model."""
-    # It has no window for these architectures. Within the window attention sees everything, and all is equal.
-    context = min(config.max_seq_len, config.attention_window or config.max_seq_len)
+    context = config.max_seq_len
+    if architecture.global_every is None and config.attention_window is not None:
+        # It has no window there. Within the window attention sees everything, and all is equal.
+        context = min(context, config.attention_window)
     writer.add_context_length(context)
     writer.add_embedding_length(config.d_model)
     writer.add_block_count(config.n_layers)
@@ -290,8 +180,7 @@ def _add_model(writer: Any, config: ModelConfig) -> None:
         writer.add_layer_norm_eps(config.norm_eps)
     if config.positions == "rope":
         _add_rope(writer, config)
-    if writer.arch == "gptneox":
-        writer.add_parallel_residual(config.parallel_residual)
+    architecture.numbers(writer, config)
 
 
 def _add_rope(writer: Any, config: ModelConfig) -> None:
