@@ -155,6 +155,18 @@ def flops_of_products(program: str) -> int:
     return total
 
 
+def all_pairs_over_attended(run) -> float:
+    """Pairs of positions in all layers, over those that the masks leave."""
+    lengths, every, attended = run.row_lengths, 0.0, 0.0
+    for side, kinds in run.model.sides.items():
+        row = lengths.encoder if side == "encoder" else lengths.decoder
+        for kind in kinds:
+            cross = row * lengths.encoder if kind.cross else 0
+            every += row * row + cross
+            attended += row * attended_positions(run.model, row, local=kind.local, causal=kind.causal) + cross
+    return every / attended
+
+
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
 @pytest.mark.parametrize("model", MODELS)
 def test_flops_are_those_of_the_program_that_the_compiler_is_given(model, remat, monkeypatch):
@@ -166,9 +178,7 @@ def test_flops_are_those_of_the_program_that_the_compiler_is_given(model, remat,
     found = roofline(run, parse_topology("v5e:1x1"), resolve_sizes(run.mesh, 1))
     scores = {one.name: one.flops for one in found.parts if one.name.startswith("attention scores")}
     whole = scores["attention scores"] * 3 / 3.5 + scores.get("attention scores, recomputed", 0)
-    kinds, row = run.model.layer_kinds, run.train.seq_len
-    attended = sum(attended_positions(run.model, row, local=kind.local) for kind in kinds) / len(kinds)
-    expected = sum(one.flops for one in found.parts) - sum(scores.values()) + whole * run.train.seq_len / attended
+    expected = sum(one.flops for one in found.parts) - sum(scores.values()) + whole * all_pairs_over_attended(run)
     lowered, _ = lower_on(run, jax.devices()[:1])
     assert flops_of_products(lowered.as_text(dialect="hlo")) == pytest.approx(expected, rel=0.01)
 
