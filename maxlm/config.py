@@ -17,7 +17,7 @@ from maxlm.checkpoint import CheckpointConfig
 from maxlm.config_file import apply_override, dump, find, read_tree
 from maxlm.config_keys import KeyRow, flatten, flatten_plain, near, validate, walk
 from maxlm.data.config import DataConfig
-from maxlm.data.denoising import Objective
+from maxlm.data.objective import Objective
 from maxlm.data.tokenizer import TokenizerConfig
 from maxlm.errors import CheckpointError, ConfigError
 from maxlm.evaluation.config import EvaluationConfig

@@ -1,4 +1,4 @@
-"""Objectives of hidden tokens: masked tokens for encoders, missing spans for encoder-decoders; and the choice of one.
+"""Objectives of hidden tokens: masked tokens for encoders, missing spans for encoder-decoders.
 
 What is hidden of a row is a pure function of the run's seed and the row's number, as its tokens are: from the bits of
 Philox (Salmon et al. 2011), which are the same in every version of NumPy.
@@ -8,20 +8,13 @@ Shapes: B rows, T tokens in a row, of windows of T + 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from maxlm.data.config import ObjectiveConfig
+from maxlm.data.objective import Objective
 from maxlm.data.objectives import causal_batch
-from maxlm.errors import ConfigError
 
-OBJECTIVE_OF = {"decoder": "causal", "encoder": "mlm", "encoder_decoder": "span_corruption"}
-"""the objective of each `model.kind`"""
-
-# Rows of encoder-decoders are filled up to a multiple of this, so that meshes share them out.
-LENGTH_MULTIPLE = 16
 # BERT's shares of chosen tokens that are masked, and that are replaced by any token; the others stay.
 MASKED, REPLACED = 0.8, 0.1
 
@@ -52,80 +45,25 @@ class Draws(NamedTuple):
         return np.array(made, np.uint64).reshape(len(made), count)
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What is made of a row's tokens: `causal`, `mlm` or `span_corruption`."""
-
-    kind: str = "causal"
-    mask_rate: float = 0.15
-    mean_span: float = 3.0
-    special_id: int = 0
-    """the mask, or the first sentinel"""
-    start_id: int = 0
-    """the first of a decoder's inputs"""
-
-    @classmethod
-    def of(cls, config: ObjectiveConfig, *, model_kind: str, vocab_size: int, start_id: int) -> Objective:
-        """The objective of a config for a model. Raises ConfigError where they do not go together."""
-        kind = config.kind or OBJECTIVE_OF[model_kind]
-        if kind != OBJECTIVE_OF[model_kind]:
-            raise ConfigError(
-                f"data.objective.kind = {kind!r} and model.kind = {model_kind!r}: such a model is trained by "
-                f"{OBJECTIVE_OF[model_kind]!r}; leave data.objective.kind out"
-            )
-        key = {"causal": None, "mlm": "mask_id", "span_corruption": "first_sentinel_id"}[kind]
-        for name in ("mask_id", "first_sentinel_id"):
-            if name != key and getattr(config, name) is not None:
-                raise ConfigError(f"data.objective.{name} is not of kind = {kind!r}; leave it out")
-        special = getattr(config, key) if key else 0
-        special = vocab_size - 1 if special is None else special
-        if special >= vocab_size:
-            raise ConfigError(f"data.objective.{key} = {special} is not under model.vocab_size = {vocab_size}")
-        return cls(kind, config.mask_rate, config.mean_span, special, start_id)
-
-    def n_special(self, seq_len: int) -> int:
-        """How many tokens of the vocabulary a row of `seq_len` needs for itself: from `special_id` down."""
-        return {"causal": 0, "mlm": 1}.get(self.kind, self.spans(seq_len)[1])
-
-    def spans(self, length: int) -> tuple[int, int]:
-        """Missing tokens of a row, and the spans that they are in (arXiv:1910.10683, section 3.1.4)."""
-        if length < 2:
-            return 0, 0
-        missing = min(max(round(length * self.mask_rate), 1), length - 1)
-        return missing, min(max(round(missing / self.mean_span), 1), length - missing)
-
-    def lengths(self, seq_len: int) -> tuple[int, int]:
-        """Tokens in a row of the encoder's inputs and of the decoder's, made of `seq_len`; both that for others."""
-        if self.kind != "span_corruption":
-            return seq_len, seq_len
-        missing, spans = self.spans(seq_len)
-        return _filled(seq_len - missing + spans + 1), _filled(missing + spans + 1)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What batches depend on; nothing for the causal one, whose runs are older than this."""
-        return (
-            {} if self.kind == "causal" else {"objective": [self.kind, self.mask_rate, self.mean_span, self.special_id]}
-        )
-
-    def batch(
-        self,
-        windows: np.ndarray,
-        marks: Marks,
-        draws: Draws,
-        lengths: np.ndarray | None = None,
-        sizes: np.ndarray | None = None,
-    ) -> dict[str, np.ndarray]:
-        """The batch of windows [B, T + 1]. `lengths` int[B] says how many of a window's tokens there are, all unless
-        given; `sizes` [B, T + 1] is of the tokens and becomes `target_bytes`, of the targets."""
-        if self.kind == "span_corruption":
-            return _span_corruption(self, windows, marks, draws, lengths, sizes)
-        batch = causal_batch(windows, marks.bos_id, marks.eos_id, lengths)
-        if self.kind == "mlm":
-            batch = _mlm(self, batch, marks, draws)
-        if sizes is not None:
-            sizes = sizes[:, 1:] if self.kind == "causal" else sizes[:, :-1]
-            batch["target_bytes"] = (sizes * batch["weights"]).astype(np.float32)
-        return batch
+def make_batch(
+    how: Objective,
+    windows: np.ndarray,
+    marks: Marks,
+    draws: Draws,
+    lengths: np.ndarray | None = None,
+    sizes: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """The batch of windows [B, T + 1]. `lengths` int[B] says how many of a window's tokens there are, all unless given;
+    `sizes` [B, T + 1] is of the tokens and becomes `target_bytes`, of the targets."""
+    if how.kind == "span_corruption":
+        return _span_corruption(how, windows, marks, draws, lengths, sizes)
+    batch = causal_batch(windows, marks.bos_id, marks.eos_id, lengths)
+    if how.kind == "mlm":
+        batch = _mlm(how, batch, marks, draws)
+    if sizes is not None:
+        sizes = sizes[:, 1:] if how.kind == "causal" else sizes[:, :-1]
+        batch["target_bytes"] = (sizes * batch["weights"]).astype(np.float32)
+    return batch
 
 
 def _mlm(how: Objective, batch: dict[str, np.ndarray], marks: Marks, draws: Draws) -> dict[str, np.ndarray]:
@@ -209,7 +147,3 @@ def _parts(items: int, parts: int, bits: np.ndarray) -> list[int]:
         return []
     cuts = np.sort(np.argsort(bits[: items - 1], kind="stable")[: parts - 1]) + 1
     return np.diff([0, *cuts.tolist(), items]).tolist()
-
-
-def _filled(length: int) -> int:
-    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from maxlm.data.config import DataConfig
-from maxlm.data.denoising import Draws, Marks, Objective
+from maxlm.data.denoising import Draws, Marks, make_batch
 from maxlm.data.mixture import Mixture, permute, shuffle_keys
+from maxlm.data.objective import Objective
 from maxlm.data.storage import shared_context, storage_errors
 from maxlm.data.store import SPLITS, TokenStore
 from maxlm.errors import ConfigError, DataError
@@ -166,7 +167,7 @@ class Loader:
             chosen = np.flatnonzero(stores == store)
             starts = self._window_numbers(store, numbers[chosen]) * self.seq_len
             windows[chosen] = self._readers[self.split][store].windows(starts, self.seq_len + 1)
-        return self._objective.batch(windows, self._marks, Draws(self.seed, 0, samples))
+        return make_batch(self._objective, windows, self._marks, Draws(self.seed, 0, samples))
 
     def _window_numbers(self, store: int, numbers: np.ndarray) -> np.ndarray:
         """Which windows a store's samples `numbers` are."""
@@ -238,7 +239,7 @@ class Loader:
                 lengths[row] = min(width, reader.n_tokens - start)
                 windows[row, : lengths[row]] = reader.windows(np.array([start]), int(lengths[row]))[0]
                 text_bytes[row, : lengths[row]] = self._bytes_of(store, windows[row, : lengths[row]], start)
-        return self._objective.batch(windows, self._marks, Draws(self.seed, 1, numbers), lengths, text_bytes)
+        return make_batch(self._objective, windows, self._marks, Draws(self.seed, 1, numbers), lengths, text_bytes)
 
     def _bytes_of(self, store: int, tokens: np.ndarray, start: int) -> np.ndarray:
         """float32[n]: the bytes that held-out `tokens`, which begin at `start`, stand for."""

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from maxlm.data.config import ObjectiveConfig
-from maxlm.data.denoising import Draws, Marks, Objective
+from maxlm.data.denoising import Draws, Marks, make_batch
+from maxlm.data.objective import Objective
 from maxlm.errors import ConfigError
 
 BOS, EOS, V = 0, 1, 60
@@ -23,7 +24,7 @@ def draws(rows, first=0, seed=3, stream=0):
 
 def test_masked_tokens_are_of_berts_shares_and_the_others_stand_as_they_were():
     how, windows = Objective("mlm", special_id=V), windows_of(200, 128)
-    batch = how.batch(windows, MARKS, draws(200))
+    batch = make_batch(how, windows, MARKS, draws(200))
     tokens, told = windows[:, :-1], batch["weights"] == 1
     ordinary = ~np.isin(tokens, [BOS, EOS])
     assert not told[~ordinary].any()
@@ -43,7 +44,7 @@ def test_masked_tokens_are_of_berts_shares_and_the_others_stand_as_they_were():
 def test_sentinels_and_the_spans_behind_them_put_the_row_together_again(length):
     how = Objective("span_corruption", special_id=99, start_id=5)
     windows, n_windows = windows_of(20, length), 20
-    batch = how.batch(windows, MARKS, draws(n_windows))
+    batch = make_batch(how, windows, MARKS, draws(n_windows))
     missing, spans = how.spans(length)
     assert (missing, spans) == (round(0.15 * length), round(round(0.15 * length) / 3))
     encoder_length, decoder_length = how.lengths(length)
@@ -72,14 +73,14 @@ def test_t5s_rows_of_568_tokens_fill_512_of_the_encoder():
 @pytest.mark.parametrize("kind", ["mlm", "span_corruption"])
 def test_what_is_hidden_is_a_pure_function_of_seed_and_row(kind):
     how, windows = Objective(kind, special_id=99), np.repeat(windows_of(1, 64), 6, axis=0)
-    batch = how.batch(windows, MARKS, draws(6))
-    later = how.batch(windows[:2], MARKS, draws(2, first=4))
+    batch = make_batch(how, windows, MARKS, draws(6))
+    later = make_batch(how, windows[:2], MARKS, draws(2, first=4))
     for name, array in batch.items():
         np.testing.assert_array_equal(array[4:], later[name])
     name = "weights" if kind == "mlm" else "encoder_inputs"
     assert len({row.tobytes() for row in batch[name]}) == 6
     for other in (draws(6, seed=4), draws(6, stream=1)):
-        assert not np.array_equal(batch[name], how.batch(windows, MARKS, other)[name])
+        assert not np.array_equal(batch[name], make_batch(how, windows, MARKS, other)[name])
 
 
 @pytest.mark.parametrize("kind", ["causal", "mlm", "span_corruption"])
@@ -87,7 +88,7 @@ def test_bytes_are_those_of_the_tokens_to_be_told_and_padding_is_told_nowhere(ki
     how, windows = Objective(kind, special_id=99), windows_of(3, 64)
     lengths = np.array([65, 30, 0])
     sizes = np.where(np.isin(windows, [BOS, EOS]), 0, windows).astype(np.float32)
-    batch = how.batch(windows, MARKS, draws(3), lengths, sizes)
+    batch = make_batch(how, windows, MARKS, draws(3), lengths, sizes)
     ordinary = (batch["targets"] > 1) & (batch["targets"] < V)
     np.testing.assert_array_equal(batch["target_bytes"], np.where(ordinary, batch["targets"] * batch["weights"], 0))
     assert batch["weights"][0].sum() > batch["weights"][1].sum() > 0

@@ -162,7 +162,7 @@ NO_FAMILY = {
     "soft-capped logits": ({"logit_softcap": 30.0}, "model.logit_softcap = 30.0"),
     "soft-capped scores": ({"attention_softcap": 30.0}, "model.attention_softcap = 30.0"),
     "qk-norm with layer norm": ({"qk_norm": "head", "norm": "layer"}, "model.qk_norm = 'head'"),
-    "a part of each head": ({"rope_fraction": 0.5}, "model.rope_fraction = 0.5"),
+    "a part of each head": ({"rope_fraction": 0.5, "mlp_bias": True}, "model.rope_fraction = 0.5"),
     "static NTK": ({"rope_scaling": {"kind": "ntk", "factor": 2.0}}, "model.rope_scaling.kind = 'ntk'"),
     "a window and biases in the feed-forward block": (
         {"attention_window": 8, "mlp_bias": True},
