@@ -108,6 +108,7 @@ def test_a_model_with_modules_learns():
     assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.slow
 def test_the_routers_of_modules_are_balanced_as_the_layers_are():
     model = {**latents.DEEPSEEK_V3, "moe": {**latents.DEEPSEEK_V3["moe"], "balance_bias_rate": 0.01}}
     _, params = tiny.train_losses(tiny.config(model=model, train={"accumulation": 2}), 1, 1)

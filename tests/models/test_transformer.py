@@ -75,7 +75,7 @@ def assert_close(found, expected, rtol):
         )
 
 
-@pytest.mark.parametrize("bricks", [*BRICKS, *BY_ROWS])
+@pytest.mark.parametrize("bricks", [*BRICKS, *(pytest.param(name, marks=pytest.mark.slow) for name in BY_ROWS)])
 def test_loss_and_gradients_on_a_mesh_are_one_devices(bricks):
     model = (BRICKS | BY_ROWS)[bricks]
     one = tiny.config(model=model)
