@@ -70,14 +70,9 @@ def segments(kinds: tuple[LayerKind, ...]) -> tuple[Segment, ...]:
     return tuple(found)
 
 
-def place_of(layer: int, kinds: tuple[LayerKind, ...]) -> Place:
-    """Where the parameters of a layer are."""
-    return places(kinds)[layer]
-
-
 @cache
 def places(kinds: tuple[LayerKind, ...]) -> tuple[Place, ...]:
-    """The place of every layer, in order."""
+    """Where the parameters of every layer are, in order."""
     found = {
         layer: Place(stack.name, index, stack.kind)
         for segment in segments(kinds)

@@ -1,8 +1,5 @@
 """Grouped products and the sorting around them, against loops over rows in float64."""
 
-import math
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +7,7 @@ import pytest
 
 from maxlm.kernels.dispatch import collect, order_by_expert, spread, spread_choices
 from maxlm.kernels.grouped_matmul import grouped_matmul
-from maxlm.planning.hlo import parse
-from maxlm.planning.hlo_loops import executions
+from tests.products import flops_of_products
 
 N, D, F, E = 100, 16, 12, 5
 SIZES = {
@@ -61,14 +57,7 @@ def test_products_on_a_cpu_cost_what_is_active_and_not_every_expert():
         y, vjp = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, implementation="tiled"), x, w)
         return y, vjp(dy)
 
-    module = parse(jax.jit(run).lower(x, w, dy, sizes).as_text(dialect="hlo"))
-    total = 0
-    for one in executions(module):
-        if one.instruction.opcode == "dot":
-            left, _ = module.operand_shapes(one.instruction)
-            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.instruction.attributes)
-            over = math.prod(left.dims[int(axis)] for axis in contracted[1].split(","))
-            total += one.times * 2 * math.prod(one.instruction.shape.dims) * over
+    total = flops_of_products(jax.jit(run).lower(x, w, dy, sizes).as_text(dialect="hlo"))
     active = 3 * 2 * rows * 64 * 32
     assert active <= total <= 1.125 * active
 

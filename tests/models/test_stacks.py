@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from maxlm.models.stacks import LayerKind, place_of, segments
+from maxlm.models.stacks import LayerKind, places, segments
 
 GLOBAL, LOCAL, EXPERTS = LayerKind(), LayerKind(local=True), LayerKind(experts=True)
 
@@ -39,6 +39,6 @@ def test_any_layers_are_run_in_their_order_each_once():
         names = [stack.name for segment in segments(kinds) for stack in segment]
         assert names == [str(i) for i in range(len(names))]
         for layer, kind in enumerate(kinds):
-            place = place_of(layer, kinds)
+            place = places(kinds)[layer]
             stack = next(s for segment in segments(kinds) for s in segment if s.name == place.stack)
             assert (stack.layers[place.index], stack.kind) == (layer, kind)

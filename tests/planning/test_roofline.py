@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +16,12 @@ from maxlm.models.flops import attended_positions, training_flops_per_token
 from maxlm.parallel.mesh import AXES, resolve_sizes
 from maxlm.planning import memory_model
 from maxlm.planning.compile import lower_on
-from maxlm.planning.hlo import parse
-from maxlm.planning.hlo_loops import executions
 from maxlm.planning.memory_model import predicted_memory, state_bytes
 from maxlm.planning.roofline import Roofline, roofline
 from maxlm.planning.topology import parse_topology
 from tests import latents, tiny, tiny_moe
 from tests.interop import ours_dense
+from tests.products import flops_of_products
 
 COMPILED = json.loads((Path(__file__).parent / "compiled_memory.json").read_text())
 MESHES = {
@@ -139,20 +137,6 @@ def test_parts_do_the_models_flops_and_those_of_recomputation():
     again = {name: part(full, f"{name}, recomputed").flops / part(full, name).flops for name in ("mlp",)}
     assert again["mlp"] == pytest.approx(2 / 9)
     assert part(full, "attention projections, recomputed").flops * 3 == part(full, "attention projections").flops
-
-
-def flops_of_products(program: str) -> int:
-    """Of all matrix products of a step's HLO, as the compiler is given it, loops multiplied out."""
-    # On a mesh of one device, placing an array does nothing.
-    module = parse(re.sub(r'custom-call\((.*?)\), custom_call_target="Sharding"', r"copy(\1)", program))
-    total = 0
-    for run in executions(module):
-        if run.instruction.opcode == "dot":
-            left, _ = module.operand_shapes(run.instruction)
-            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", run.instruction.attributes)
-            over = math.prod(left.dims[int(axis)] for axis in contracted[1].split(","))
-            total += run.times * 2 * math.prod(run.instruction.shape.dims) * over
-    return total
 
 
 def all_pairs_over_attended(run) -> float:
