@@ -10,11 +10,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels.attention import attention
-from maxlm.kernels.attention_bias import Alibi, Bias
+from maxlm.kernels.attention_bias import Bias
 from maxlm.kernels.masks import Mask
 from maxlm.models.config import ModelConfig
 from maxlm.models.layers import HeadsNorm, Initializer, Norm, project, use
-from maxlm.models.positions import alibi_slopes, rotate
+from maxlm.models.positions import rotate
 from maxlm.models.stacks import LayerKind
 from maxlm.parallel.axes import activation_spec, constrain
 
@@ -43,6 +43,10 @@ class Context(NamedTuple):
     """the encoder's result, which a decoder attends to"""
     encoded_segments_BS: jax.Array | None = None
 
+    def angles(self, kind: LayerKind) -> Angles | None:
+        """Cosines and sines for a layer, where positions are RoPE's."""
+        return self.local_rope if kind.local else self.rope
+
     @property
     def residual(self) -> tuple[str, str, str]:
         """Logical axes of the residual stream: single tokens of a decoding step cannot be spread over devices."""
@@ -56,7 +60,7 @@ class Attention(nnx.Module):
         self.config, self.kind, self.dtype = config, kind, dtype
         self.mask = Mask(causal=kind.causal, window=config.attention_window if kind.local else None)
         d, h, g, k = config.d_model, config.n_heads, config.kv_heads, config.head_width
-        out_std = config.init_std / (2 * config.n_layers) ** 0.5 if config.residual_init_scaling else config.init_std
+        out_std = config.residual_init_std
         self.q = init.normal("q", (d, h, k), ("embed", "heads", "head_dim"), config.init_std)
         self.k = init.normal("k", (d, g, k), ("embed", "kv_heads", "head_dim"), config.init_std)
         self.v = init.normal("v", (d, g, k), ("embed", "kv_heads", "head_dim"), config.init_std)
@@ -98,9 +102,7 @@ class Attention(nnx.Module):
             v_BTGK,
             mask=self.mask,
             segments_BT=context.segments_BT,
-            bias=Alibi(jnp.asarray(alibi_slopes(self.config.n_heads)))
-            if self.config.positions == "alibi"
-            else context.bias,
+            bias=context.bias,
             sinks_H=use(self.sinks, jnp.float32) if self.config.attention_sinks else None,
             softcap=self.config.attention_softcap,
             scale=self.config.attention_scale,
@@ -130,7 +132,7 @@ class Attention(nnx.Module):
             v_BTGK = v_BTGK + use(self.v_bias, self.dtype)
         if self.config.qk_norm != "none":
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
-        angles = context.local_rope if self.kind.local else context.rope
+        angles = context.angles(self.kind)
         if angles is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, *angles), rotate(k_BTGK, *angles)
         return q_BTHK, k_BTGK, v_BTGK

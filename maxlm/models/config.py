@@ -466,6 +466,11 @@ class ModelConfig(Section):
         return self.mlp in ("swiglu", "swiglu_clamped", "geglu")
 
     @property
+    def residual_init_std(self) -> float:
+        """Standard deviation of projections into the residual stream when they start."""
+        return self.init_std / (2 * self.n_layers) ** 0.5 if self.residual_init_scaling else self.init_std
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: the vocabulary rounded up, so that every mesh divides it."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

@@ -48,7 +48,7 @@ class LatentAttention(nnx.Module):
         self.scale = self.latent.qk_head_dim**-0.5 * (1.0 if scaling is None else scaling.score_factor)
         d, h, std = config.d_model, config.n_heads, config.init_std
         c, k, w = self.latent.kv_rank, self.latent.qk_head_dim, self.latent.v_head_dim
-        out_std = std / (2 * config.n_layers) ** 0.5 if config.residual_init_scaling else std
+        out_std = config.residual_init_std
         if self.latent.q_rank is None:
             self.q = init.normal("q", (d, h, k), ("embed", "heads", "head_dim"), std)
         else:
@@ -112,7 +112,7 @@ class LatentAttention(nnx.Module):
         return self.kv_norm(down[..., :c]), self._turn(down[..., None, c:], context)[:, :, 0]
 
     def _turn(self, x_BTHR: jax.Array, context: Context) -> jax.Array:
-        angles = context.local_rope if self.kind.local else context.rope
+        angles = context.angles(self.kind)
         assert angles is not None
         return rotate(x_BTHR, *angles)
 
@@ -146,7 +146,6 @@ class LatentAttention(nnx.Module):
         s_BHTS *= self.scale
         if (softcap := self.config.attention_softcap) is not None:
             s_BHTS = softcap * jnp.tanh(s_BHTS / softcap)
-        assert context.lengths_B is not None
         T, S = s_BHTS.shape[2:]
         q_index_BT1 = jnp.arange(T)[None, :, None] + context.lengths_B[:, None, None]
         allowed_BTS = self.mask.allows(q_index_BT1, jnp.arange(S)[None, None, :])

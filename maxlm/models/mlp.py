@@ -43,7 +43,7 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, init: Initializer, d_ff: int | None = None):
         self.config, self.dtype = config, dtype
         d, f = config.d_model, d_ff or config.d_ff
-        out_std = config.init_std / (2 * config.n_layers) ** 0.5 if config.residual_init_scaling else config.init_std
+        out_std = config.residual_init_std
         self.up = init.normal("up", (d, f), ("embed", "mlp"), config.init_std)
         self.down = init.normal("down", (f, d), ("mlp", "embed"), out_std)
         if config.gated:

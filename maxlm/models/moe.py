@@ -66,7 +66,7 @@ class Experts(nnx.Module):
         moe = moe_config(config)
         self.activation, self.gated, self.biased, self.dtype = config.mlp, config.gated, moe.expert_bias, dtype
         e, d, f = moe.n_experts, config.d_model, moe.d_ff
-        out_std = config.init_std / (2 * config.n_layers) ** 0.5 if config.residual_init_scaling else config.init_std
+        out_std = config.residual_init_std
         self.up = init.normal("up", (e, d, f), ("experts", "embed", "mlp"), config.init_std)
         self.down = init.normal("down", (e, f, d), ("experts", "mlp", "embed"), out_std)
         if self.gated:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maxlm.kernels.attention_bias import RelativeBias
+from maxlm.kernels.attention_bias import Alibi, Bias, RelativeBias
 from maxlm.kernels.embedding import embed
 from maxlm.models.attention import Angles, Context, LayerCache
 from maxlm.models.block import Block, Caches, attention_of, run_segment
@@ -20,7 +20,7 @@ from maxlm.models.cross_attention import encoded_caches
 from maxlm.models.heads import Head, NextSentence
 from maxlm.models.layers import Initializer, model_norm, use
 from maxlm.models.mtp import MTPModule, run_module
-from maxlm.models.positions import rope_angles, sinusoids
+from maxlm.models.positions import alibi_slopes, rope_angles, sinusoids
 from maxlm.models.routing import Routing
 from maxlm.models.stacks import segments
 from maxlm.parallel.axes import activation_spec, constrain, weight_spec
@@ -166,7 +166,7 @@ class Transformer(nnx.Module):
     ) -> tuple[list[jax.Array], dict[str, Routing]]:
         """What each module for further tokens gives the head, from what `__call__` gave and, for module k, the token
         that lies k ahead of each position; and by module (`mtp.0`) what its router did, if it has experts."""
-        context, found = Context(*self._angles(positions_BT), segments_BT), []
+        context, found = Context(*self._angles(positions_BT), segments_BT, bias=self._bias("decoder")), []
         routings: dict[str, Routing] = {}
         for k, tokens in enumerate(tokens_BT):
             embedded_BTD = self.embedding(tokens, positions_BT, context)
@@ -233,8 +233,10 @@ class Transformer(nnx.Module):
             routings |= routed
         return x_BTD if self.config.norm_placement == "post" else self.final_norm(x_BTD), written, routings
 
-    def _bias(self, side: str) -> RelativeBias | None:
+    def _bias(self, side: str) -> Bias | None:
         """What is added to the scores of a side's layers, the same in all."""
+        if self.config.positions == "alibi":
+            return Alibi(jnp.asarray(alibi_slopes(self.config.n_heads)))
         if self.config.positions != "relative":
             return None
         distance = self.config.relative_max_distance
