@@ -50,5 +50,5 @@ Next:
   $maxlm generate $run --prompt 'class ' --prompt 'import ' --temperature 0.5
       sample again
   $maxlm config --presets
-      larger models, to 70B;  $maxlm config --help-keys explains every setting
+      larger models, to 671B;  $maxlm config --help-keys explains every setting
 END
