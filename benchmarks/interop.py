@@ -1,14 +1,17 @@
-"""Measures import, export and decoding of a model, beside transformers' own generation on the same machine.
+"""Measures import, export and decoding of a model, beside transformers' own on the same machine.
 
     python benchmarks/interop.py                                   # the shape of configs/llama-1b, random weights
     python benchmarks/interop.py llama-150m --dtype float32 --prompt 256 --new 32 --out benchmarks/results/interop.json
 
-Import and export are in GB/s of the model's files, checkpoints written and read included. Prefill is the time of the
-prompt and one token; decoding, the tokens after it, one by one. Without torch transformers' part is left out.
+Import and export are in GB/s of the model's files: ours reads one and writes a checkpoint, or the other way round, and
+all of it is on the disk at the end; transformers' reads files into memory (`from_pretrained`), and writes them
+(`save_pretrained`, then a sync). Beside them what the disk takes of plain writing. Prefill is the time of the prompt
+and one token; decoding, the tokens after it, one by one. Without torch transformers' part is left out.
 """
 
 import argparse
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -81,14 +84,24 @@ def ours(run_dir: Path, ids: np.ndarray, new: int) -> dict[str, float]:
         return rates(make, ids.size, new)
 
 
-def theirs(folder: Path, ids: np.ndarray, new: int, dtype: str) -> dict[str, float] | None:
-    """transformers' rates."""
+def theirs(folder: Path, size: float, ids: np.ndarray, new: int, dtype: str) -> dict[str, float] | None:
+    """transformers' rates, for a model of `size` GB in `folder`."""
     try:
         import torch
         from transformers import AutoModelForCausalLM
     except ImportError:
         return None
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+    def load():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        for weight in model.parameters():
+            weight.data = weight.data.clone()  # else they are pages of the file that nobody has read yet
+        return model
+
+    start = time.perf_counter()
+    model = load()
+    loaded = time.perf_counter() - start
+    saved = timed(lambda: (model.save_pretrained(folder.parent / "saved"), os.sync()))
     inputs = torch.from_numpy(ids)
 
     def make(n: int) -> None:
@@ -98,7 +111,23 @@ def theirs(folder: Path, ids: np.ndarray, new: int, dtype: str) -> dict[str, flo
                 eos_token_id=None, pad_token_id=0,
             )  # fmt: skip
 
-    return rates(make, ids.size, new)
+    files = {"import_gigabytes_per_second": size / loaded, "export_gigabytes_per_second": size / saved}
+    return files | rates(make, ids.size, new)
+
+
+def written(path: Path, size: float) -> float:
+    """GB/s of plain writing to the disk, synced."""
+    piece = np.random.default_rng(2).bytes(1 << 24)
+
+    def write() -> None:
+        with open(path, "wb") as file:
+            for _ in range(round(size * 1e9 / len(piece))):
+                file.write(piece)
+            os.fsync(file.fileno())
+
+    seconds = timed(write)
+    path.unlink()
+    return size / seconds
 
 
 def measure(args: argparse.Namespace) -> dict[str, object]:
@@ -114,11 +143,11 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         ids = np.random.default_rng(1).integers(0, model.vocab_size, (args.rows, args.prompt))
         found = {
             "gigabytes": size,
-            "import_gigabytes_per_second": size / seconds["import"],
-            "export_gigabytes_per_second": size / seconds["export"],
-            "ours": ours(folder / "run", ids, args.new),
+            "disk_write_gigabytes_per_second": written(folder / "plain", size),
+            "ours": {f"{what}_gigabytes_per_second": size / took for what, took in seconds.items()}
+            | ours(folder / "run", ids, args.new),
         }
-        found["transformers"] = theirs(folder / "out", ids, args.new, args.dtype)
+        found["transformers"] = theirs(folder / "out", size, ids, args.new, args.dtype)
     return found
 
 
@@ -143,18 +172,15 @@ def main() -> None:
     args = parser.parse_args()
     found = measure(args)
     rows = [
-        {"what": f"{what} GB/s", "maxlm": found[f"{what}_gigabytes_per_second"], "transformers": None}
-        for what in ("import", "export")
-    ]
-    rows += [
         {
-            "what": f"{what} tokens/s",
-            "maxlm": found["ours"][f"{what}_tokens_per_second"],
-            "transformers": (found["transformers"] or {}).get(f"{what}_tokens_per_second"),
+            "what": name.replace("_gigabytes_per_second", " GB/s").replace("_tokens_per_second", " tokens/s"),
+            "maxlm": value,
+            "transformers": (found["transformers"] or {}).get(name),
         }
-        for what in ("prefill", "decode")
+        for name, value in found["ours"].items()
     ]
     print_table(rows, False)
+    print(f"the disk takes {found['disk_write_gigabytes_per_second']:.2f} GB/s of plain writing")
     if args.out:
         packages = ("jax", "jaxlib", "numpy", "safetensors", "torch", "transformers")
         about = {

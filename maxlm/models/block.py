@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from maxlm.models.layers import Initializer, Norm, model_norm
 from maxlm.models.mlp import MLP
 from maxlm.models.moe import MoE
 from maxlm.models.routing import Routing
-from maxlm.models.stacks import LayerKind, Segment
+from maxlm.models.stacks import LayerKind, Segment, Stack
 from maxlm.parallel.axes import mesh_axes, names_in
 
 Cache = LayerCache | LatentCache
@@ -94,20 +94,22 @@ Caches = dict[str, Cache]
 
 def run_segment(
     segment: Segment,
-    blocks: Mapping[str, Block],
+    blocks: Mapping[str, Any],
     x_BTD: jax.Array,
     context: Context,
     caches: Caches | None,
     remat: RematConfig,
     encoded: Mapping[str, LayerCache] | None = None,
 ) -> tuple[jax.Array, Caches | None, dict[str, Routing]]:
-    """Runs a segment's layers in order; of `blocks`, parameters (and caches) are stacked over the layers of a stack.
-    `encoded` are cross-attention's keys and values, where there are caches.
+    """Runs a segment's layers in order; of `blocks`, parameters (and caches) are stacked over the layers of a stack,
+    unless `one_by_one` took them apart. `encoded` are cross-attention's keys and values, where there are caches.
 
     Returns the residual stream, the caches, and by stack what its routers did, stacked too, where it has experts.
     A scan over the repeats of the pattern, so that neither the program nor its compilation grows with depth.
     """
     names = [stack.name for stack in segment]
+    if caches is not None and not isinstance(blocks[names[0]], Block):
+        return *_run_one_by_one(segment, blocks, x_BTD, context, caches, encoded), {}
     graphs, stacked = zip(*(nnx.split(blocks[name]) for name in names), strict=True)
 
     def layer(graph, x_BTD, params, cache, encoded):
@@ -146,6 +148,39 @@ def run_segment(
     carry = (x_BTD, {name: caches[name] for name in names})
     (x_BTD, written), _ = jax.lax.scan(cached_pattern, carry, (numbers, stacked, stacked_encoded))
     return x_BTD, written, {}
+
+
+def one_by_one(segment: Segment, blocks: Mapping[str, Block]) -> dict[str, list[Block]]:
+    """A segment's layers with arrays of their own. Out of a stack, XLA's CPU backend copies a layer's weights before
+    each product: three times the traffic of memory, which for single tokens is all the work there is."""
+
+    def layers(stack: Stack) -> list[Block]:
+        graph, stacked = nnx.split(blocks[stack.name])
+        return [nnx.merge(graph, _layer_of(stacked, number)) for number in range(len(stack.layers))]
+
+    return {stack.name: layers(stack) for stack in segment}
+
+
+def _layer_of(stacked: Any, number: int) -> Any:
+    return jax.tree.map(lambda x: x[number], stacked)
+
+
+def _run_one_by_one(
+    segment: Segment,
+    blocks: Mapping[str, Sequence[Block]],
+    x_BTD: jax.Array,
+    context: Context,
+    caches: Caches,
+    encoded: Mapping[str, LayerCache] | None,
+) -> tuple[jax.Array, Caches]:
+    written = {stack.name: caches[stack.name] for stack in segment}
+    for number in range(len(segment[0].layers)):
+        put = partial(jax.lax.dynamic_update_index_in_dim, index=number, axis=0)
+        for name in written:
+            made = None if encoded is None else _layer_of(encoded[name], number)
+            x_BTD, cache, _ = blocks[name][number](x_BTD, context, _layer_of(written[name], number), made)
+            written[name] = jax.tree.map(put, written[name], cache)
+    return x_BTD, written
 
 
 def remat_policy(remat: RematConfig) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from flax import nnx
 from maxlm.kernels.attention_bias import Alibi, Bias, RelativeBias
 from maxlm.kernels.embedding import embed
 from maxlm.models.attention import Angles, Context, LayerCache
-from maxlm.models.block import Block, Caches, attention_of, run_segment
+from maxlm.models.block import Block, Caches, attention_of, one_by_one, run_segment
 from maxlm.models.config import ModelConfig, PrecisionConfig
 from maxlm.models.cross_attention import encoded_caches
 from maxlm.models.heads import Head, NextSentence
@@ -190,6 +190,13 @@ class Transformer(nnx.Module):
     def encoded_cache(self, encoded: Encoded) -> EncodedCache:
         """What `decode` takes of an encoder's result."""
         return EncodedCache(encoded_caches(self.config.segments, self.decoder, encoded.x_BSD), encoded.segments_BS)
+
+    def take_apart(self) -> None:
+        """From here on `decode` alone may be called, for single tokens on a CPU: see `one_by_one`."""
+        layers: dict[str, Any] = {}
+        for segment in self.config.segments:
+            layers |= one_by_one(segment, self.decoder)
+        self.decoder = nnx.Dict({name: nnx.List(blocks) for name, blocks in layers.items()})
 
     def decode(
         self, tokens_BT: jax.Array, caches: Caches, lengths_B: jax.Array, encoded: EncodedCache | None = None

@@ -13,6 +13,7 @@ from maxlm.inference import generate as generation
 from maxlm.inference.generate import bucket, generate, heal, next_logits, prefill
 from maxlm.inference.sampling import Sampling
 from maxlm.kernels.cross_entropy import logits
+from maxlm.models.transformer import Transformer
 from maxlm.parallel.axes import constrain
 from tests import latents, tiny, tiny_moe
 from tests.interop import ours_dense
@@ -134,6 +135,25 @@ def test_greedy_tokens_are_the_likeliest_of_the_whole_forward(bricks, mesh, whol
         for prompt, tokens in zip(prompts, found, strict=True):
             scores = whole_forward(model, params, [prompt + tokens])[0]
             assert scores[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
+
+
+@pytest.mark.parametrize("name", ["gemma3", "experts in groups, and shared ones", "t5"])
+def test_layers_taken_apart_give_the_same_tokens(name, monkeypatch):
+    model, params, mesh = set_up((BRICKS | {"t5": tiny.T5})[name])
+
+    def make():
+        generation._generate.clear_cache()
+        return generate(model, params, prompts_of([5, 17]), max_tokens=8, sampling=Sampling(30.0), eos_id=None, seed=0)
+
+    with jax.set_mesh(mesh):
+        stacked = make()
+        monkeypatch.setattr(generation, "APART_FROM_BYTES", 0)
+        calls = []
+        take_apart = Transformer.take_apart
+        monkeypatch.setattr(Transformer, "take_apart", lambda self: calls.append(take_apart(self)))
+        assert make() == stacked
+    assert len(calls) == 1
+    assert len(set(stacked[0])) > 4
 
 
 def test_long_prompts_go_in_by_pieces_and_give_the_same_tokens(monkeypatch):
