@@ -108,8 +108,9 @@ class RunConfig(Section):
 
     @property
     def row_lengths(self) -> RowLengths:
-        """Tokens of an encoder and a decoder that a row of train.seq_len becomes."""
-        return RowLengths(*self.objective.lengths(self.train.seq_len))
+        """What a row of train.seq_len becomes: tokens of an encoder and a decoder, prefixes."""
+        objective = self.objective
+        return RowLengths(*objective.lengths(self.train.seq_len), prefix=objective.kind == "prefix_lm")
 
 
 def _misfits(c: RunConfig) -> Iterator[str]:

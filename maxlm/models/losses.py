@@ -102,5 +102,10 @@ def last_hidden(module: Transformer, batch: Batch) -> tuple[jax.Array, Routings]
         encoded = module.encode(batch["encoder_inputs"], batch["encoder_positions"], batch["encoder_segments"])
     types_BT = batch.get("token_types") if module.config.token_types else None
     return module.with_routing(
-        batch["inputs"], batch["positions"], batch["segments"], types_BT=types_BT, encoded=encoded
+        batch["inputs"],
+        batch["positions"],
+        batch["segments"],
+        types_BT=types_BT,
+        encoded=encoded,
+        prefix_BT=batch.get("prefix"),
     )

@@ -138,11 +138,13 @@ class Transformer(nnx.Module):
         *,
         types_BT: jax.Array | None = None,
         encoded: Encoded | None = None,
+        prefix_BT: jax.Array | None = None,
     ) -> jax.Array:
         """The normed residual stream `[B, T, D]`; a token attends to tokens of its own segment, in a decoder to earlier
         ones. `types_BT`: of an encoder's tokens, all 0 unless given. `encoded`: for the decoder of an encoder-decoder,
-        with `segments_BT`."""
-        return self.with_routing(tokens_BT, positions_BT, segments_BT, types_BT=types_BT, encoded=encoded)[0]
+        with `segments_BT`. `prefix_BT` (bool): a decoder's tokens that those before them also see."""
+        given: dict[str, Any] = {"types_BT": types_BT, "encoded": encoded, "prefix_BT": prefix_BT}
+        return self.with_routing(tokens_BT, positions_BT, segments_BT, **given)[0]
 
     def with_routing(
         self,
@@ -152,9 +154,12 @@ class Transformer(nnx.Module):
         *,
         types_BT: jax.Array | None = None,
         encoded: Encoded | None = None,
+        prefix_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Routing]]:
         """The same, and by stack what the routers of its layers did; nothing of stacks without experts."""
-        x_BTD, _, routings = self._forward(tokens_BT, positions_BT, segments_BT, None, None, types_BT, encoded)
+        x_BTD, _, routings = self._forward(
+            tokens_BT, positions_BT, segments_BT, None, None, types_BT, encoded, prefix_BT
+        )
         return x_BTD, routings
 
     def ahead(
@@ -192,11 +197,17 @@ class Transformer(nnx.Module):
         return EncodedCache(encoded_caches(self.config.segments, self.decoder, encoded.x_BSD), encoded.segments_BS)
 
     def decode(
-        self, tokens_BT: jax.Array, caches: Caches, lengths_B: jax.Array, encoded: EncodedCache | None = None
+        self,
+        tokens_BT: jax.Array,
+        caches: Caches,
+        lengths_B: jax.Array,
+        encoded: EncodedCache | None = None,
+        prefix_BS: jax.Array | None = None,
     ) -> tuple[jax.Array, Caches]:
-        """The same for tokens that follow `lengths_B` cached ones in each row, and the caches with them written."""
+        """The same for tokens that follow `lengths_B` cached ones in each row, and the caches with them written.
+        `prefix_BS` (bool): cached positions, or some of these, that tokens before them also see."""
         positions_BT = lengths_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=lengths_B.dtype)[None, :]
-        return self._forward(tokens_BT, positions_BT, None, caches, lengths_B, None, encoded)[:2]
+        return self._forward(tokens_BT, positions_BT, None, caches, lengths_B, None, encoded, prefix_BS)[:2]
 
     def head_input(self, x_BTD: jax.Array) -> jax.Array:
         """What the output projection is applied to, of the result of a call."""
@@ -213,10 +224,20 @@ class Transformer(nnx.Module):
         return (self.embedding.tokens if self.config.tied_embeddings else self.head.kernel)[...]
 
     def _forward(
-        self, tokens_BT, positions_BT, segments_BT, caches, lengths_B, types_BT, encoded: Encoded | EncodedCache | None
+        self,
+        tokens_BT,
+        positions_BT,
+        segments_BT,
+        caches,
+        lengths_B,
+        types_BT,
+        encoded: Encoded | EncodedCache | None,
+        prefix_BS,
     ) -> tuple[jax.Array, Any, Any]:
         side = "encoder" if self.config.kind == "encoder" else "decoder"
-        context = Context(*self._angles(positions_BT), segments_BT, lengths_B, self._bias(side))
+        context = Context(
+            *self._angles(positions_BT), segments_BT, lengths_B, self._bias(side), prefix_BS=prefix_BS
+        )
         made: Mapping[str, LayerCache] | None = None
         if isinstance(encoded, Encoded):
             context = context._replace(encoded_BSD=encoded.x_BSD, encoded_segments_BS=encoded.segments_BS)

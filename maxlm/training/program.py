@@ -28,6 +28,8 @@ BATCH_ARRAYS = {
 }
 ENCODER_ARRAYS = {"encoder_inputs": jnp.int32, "encoder_segments": jnp.int32, "encoder_positions": jnp.int32}
 """what batches of encoder-decoders have besides"""
+PREFIX_ARRAYS = {"prefix": jnp.bool_}
+"""what those of prefix language models have besides"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Program:
         arrays = {name: (lengths.decoder, dtype) for name, dtype in BATCH_ARRAYS.items()}
         if self.config.model.kind == "encoder_decoder":
             arrays |= {name: (lengths.encoder, dtype) for name, dtype in ENCODER_ARRAYS.items()}
+        if lengths.prefix:
+            arrays |= {name: (lengths.decoder, dtype) for name, dtype in PREFIX_ARRAYS.items()}
         return {
             name: jax.ShapeDtypeStruct((self.rows, length), dtype, sharding=self.batch_sharding)
             for name, (length, dtype) in arrays.items()

@@ -31,6 +31,10 @@ BRICKS = {
         **tiny.LLAMA, "attention_window": 6, "rope_fraction": 0.5,
         "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16}
     },
+    "chunks and global tokens": {
+        **tiny.LLAMA, "attention_chunk": 6, "attention_global_tokens": 2, "attention_pattern": ["local", "global"]
+    },
+    "latent attention in chunks": {**latents.LATENT, "attention_chunk": 6, "attention_global_tokens": 2},
     **{name: ours_dense.MODELS[name] for name in ("gemma2", "gemma3", "olmo2", "phi3", "opt", "bloom")},
     "latent attention": latents.LATENT,
     "latent attention, whole queries, YaRN on scores": latents.LATENT_LITE,
