@@ -44,6 +44,8 @@ class Context(NamedTuple):
     encoded_segments_BS: jax.Array | None = None
     prefix_BS: jax.Array | None = None
     """bool: keys that self-attention also sees from before them"""
+    noise_key: jax.Array | None = None
+    """in training, what routers' noise is made from: the step's, and within a layer the layer's"""
 
     def angles(self, kind: LayerKind) -> Angles | None:
         """Cosines and sines for a layer, where positions are RoPE's."""

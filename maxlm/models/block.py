@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -110,21 +110,22 @@ def run_segment(
     names = [stack.name for stack in segment]
     graphs, stacked = zip(*(nnx.split(blocks[name]) for name in names), strict=True)
 
-    def layer(graph, x_BTD, params, cache, encoded):
-        return nnx.merge(graph, params)(x_BTD, context, cache, encoded)
+    def layer(graph, x_BTD, params, cache, encoded, noise_key=None):
+        return nnx.merge(graph, params)(x_BTD, context._replace(noise_key=noise_key), cache, encoded)
 
     if caches is None:
         # `prevent_cse` guards against XLA merging the recomputation with the forward pass; a scan already does.
         trained = jax.checkpoint(layer, policy=remat_policy(remat), prevent_cse=False, static_argnums=0)
 
-        def pattern(x_BTD, params):
+        def pattern(x_BTD, inputs):
             routed = []
-            for graph, own in zip(graphs, params, strict=True):
-                x_BTD, _, routing = trained(graph, x_BTD, own, None, None)
+            for graph, own, noise_key in zip(graphs, *inputs, strict=True):
+                x_BTD, _, routing = trained(graph, x_BTD, own, None, None, noise_key)
                 routed.append(routing)
             return x_BTD, tuple(routed)
 
-        x_BTD, routed = jax.lax.scan(pattern, x_BTD, stacked)
+        noise_keys = tuple(layer_keys(context.noise_key, stack.layers) for stack in segment)
+        x_BTD, routed = jax.lax.scan(pattern, x_BTD, (stacked, noise_keys))
         return x_BTD, None, {name: one for name, one in zip(names, routed, strict=True) if one is not None}
 
     def cached_pattern(carry, inputs):
@@ -146,6 +147,13 @@ def run_segment(
     carry = (x_BTD, {name: caches[name] for name in names})
     (x_BTD, written), _ = jax.lax.scan(cached_pattern, carry, (numbers, stacked, stacked_encoded))
     return x_BTD, written, {}
+
+
+def layer_keys(noise_key: jax.Array | None, layers: Sequence[int]) -> jax.Array | None:
+    """The keys of layers' noise, by their numbers in the model; None without one."""
+    if noise_key is None:
+        return None
+    return jax.vmap(partial(jax.random.fold_in, noise_key))(jnp.asarray(layers, jnp.uint32))
 
 
 def remat_policy(remat: RematConfig) -> Callable[..., Any]:

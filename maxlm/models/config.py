@@ -393,9 +393,7 @@ class ModelConfig(Section):
         if "local" in pattern and not bounds:
             raise ValueError("attention_pattern has local layers; give attention_window or attention_chunk")
         if pattern and "local" not in pattern and bounds:
-            raise ValueError(
-                f"{' and '.join(bounds)} given, and no layer of attention_pattern is local; leave it out"
-            )
+            raise ValueError(f"{' and '.join(bounds)} given, and no layer of attention_pattern is local; leave it out")
         if self.attention_global_tokens and not bounds:
             raise ValueError(
                 f"attention_global_tokens = {self.attention_global_tokens}, and no layer is local: every token attends "

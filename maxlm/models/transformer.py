@@ -155,10 +155,13 @@ class Transformer(nnx.Module):
         types_BT: jax.Array | None = None,
         encoded: Encoded | None = None,
         prefix_BT: jax.Array | None = None,
+        noise_key: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Routing]]:
-        """The same, and by stack what the routers of its layers did; nothing of stacks without experts."""
+        """The same, and by stack what the routers of its layers did; nothing of stacks without experts. `noise_key`:
+        for the noise of routers that have some in training; without one there is none."""
+        further = {"prefix_BS": prefix_BT, "noise_key": noise_key}
         x_BTD, _, routings = self._forward(
-            tokens_BT, positions_BT, segments_BT, None, None, types_BT, encoded, prefix_BT
+            tokens_BT, positions_BT, segments_BT, None, None, types_BT, encoded, **further
         )
         return x_BTD, routings
 
@@ -168,6 +171,7 @@ class Transformer(nnx.Module):
         tokens_BT: Sequence[jax.Array],
         positions_BT: jax.Array,
         segments_BT: jax.Array | None,
+        noise_key: jax.Array | None = None,
     ) -> tuple[list[jax.Array], dict[str, Routing]]:
         """What each module for further tokens gives the head, from what `__call__` gave and, for module k, the token
         that lies k ahead of each position; and by module (`mtp.0`) what its router did, if it has experts."""
@@ -175,6 +179,8 @@ class Transformer(nnx.Module):
         routings: dict[str, Routing] = {}
         for k, tokens in enumerate(tokens_BT):
             embedded_BTD = self.embedding(tokens, positions_BT, context)
+            if noise_key is not None:
+                context = context._replace(noise_key=jax.random.fold_in(noise_key, self.config.n_layers + k))
             x_BTD, routing = run_module(self.mtp[str(k)], x_BTD, embedded_BTD, context, self.config)
             found.append(x_BTD)
             if routing is not None:
@@ -207,7 +213,7 @@ class Transformer(nnx.Module):
         """The same for tokens that follow `lengths_B` cached ones in each row, and the caches with them written.
         `prefix_BS` (bool): cached positions, or some of these, that tokens before them also see."""
         positions_BT = lengths_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=lengths_B.dtype)[None, :]
-        return self._forward(tokens_BT, positions_BT, None, caches, lengths_B, None, encoded, prefix_BS)[:2]
+        return self._forward(tokens_BT, positions_BT, None, caches, lengths_B, None, encoded, prefix_BS=prefix_BS)[:2]
 
     def head_input(self, x_BTD: jax.Array) -> jax.Array:
         """What the output projection is applied to, of the result of a call."""
@@ -232,12 +238,10 @@ class Transformer(nnx.Module):
         lengths_B,
         types_BT,
         encoded: Encoded | EncodedCache | None,
-        prefix_BS,
+        **further: jax.Array | None,
     ) -> tuple[jax.Array, Any, Any]:
         side = "encoder" if self.config.kind == "encoder" else "decoder"
-        context = Context(
-            *self._angles(positions_BT), segments_BT, lengths_B, self._bias(side), prefix_BS=prefix_BS
-        )
+        context = Context(*self._angles(positions_BT), segments_BT, lengths_B, self._bias(side), **further)
         made: Mapping[str, LayerCache] | None = None
         if isinstance(encoded, Encoded):
             context = context._replace(encoded_BSD=encoded.x_BSD, encoded_segments_BS=encoded.segments_BS)

@@ -75,12 +75,12 @@ def prompts_of(lengths, vocab_size=300):
 def whole_forward():
     """Logits `[B, T, V]` of tokens, without a cache."""
 
-    def run(model, params, tokens):
+    def run(model, params, tokens, prefix=0):
         @jax.jit
         def forward(params, tokens_BT):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
             module = model.bind(params)
-            x_BTD = module(tokens_BT, positions_BT, None)
+            x_BTD = module(tokens_BT, positions_BT, None, prefix_BT=positions_BT < prefix if prefix else None)
             return logits(
                 x_BTD, module.head_weight(), vocab_size=model.config.vocab_size, softcap=model.config.logit_softcap
             )
@@ -137,6 +137,17 @@ def test_greedy_tokens_are_the_likeliest_of_the_whole_forward(bricks, mesh, whol
     with jax.set_mesh(here):
         for prompt, tokens in zip(prompts, found, strict=True):
             scores = whole_forward(model, params, [prompt + tokens])[0]
+            assert scores[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
+
+
+@pytest.mark.parametrize("bricks", ["llama", "latent attention"])
+def test_a_prompt_that_is_a_prefix_is_seen_both_ways(bricks, whole_forward):
+    model, params, mesh = set_up(BRICKS[bricks])
+    prompts, given = prompts_of([20, 3]), {"max_tokens": 4, "sampling": GREEDY, "eos_id": None, "seed": 0}
+    with jax.set_mesh(mesh):
+        found = generate(model, params, prompts, **given, prefix=True)
+        for prompt, tokens in zip(prompts, found, strict=True):
+            scores = whole_forward(model, params, [prompt + tokens], prefix=len(prompt))[0]
             assert scores[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
 
 

@@ -101,9 +101,10 @@ def test_prefixes_are_refused_where_they_mean_nothing(model, message):
         tiny.config(model={**tiny.LLAMA, **model}, data={"objective": {"kind": "prefix_lm"}})
 
 
-def test_prefixes_chunks_and_global_tokens_train_alike_on_every_mesh():
+def test_prefixes_chunks_global_tokens_and_noise_of_routers_train_alike_on_every_mesh():
     """Eight steps in float32, whose sums are taken in other orders."""
-    model = {**tiny.LLAMA, "n_layers": 1, "attention_chunk": 12, "attention_global_tokens": 3}
+    moe = {"n_experts": 4, "experts_per_token": 2, "d_ff": 32, "router_noise": "jitter", "router_noise_scale": 0.1}
+    model = {**tiny.LLAMA, "n_layers": 1, "attention_chunk": 12, "attention_global_tokens": 3, "moe": moe}
     sections = {"data": {"objective": {"kind": "prefix_lm"}}, "train": {"global_batch_tokens": 256}}
     one, _ = tiny.train_losses(tiny.config(model=model, **sections), 1, 8)
     run = tiny.config(model=model, **sections, mesh={"fsdp": 2, "tensor": 2})
