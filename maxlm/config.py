@@ -146,6 +146,11 @@ def _misfits(c: RunConfig) -> Iterator[str]:
             f"profile.start_step = {c.profile.start_step} is after train.steps = {steps}, the end of the run: "
             "nothing would be traced"
         )
+    if c.data.objective.next_sentence and not (c.model.next_sentence_head and c.model.token_types >= 2):
+        yield (
+            f"data.objective.next_sentence = true with model.next_sentence_head = {c.model.next_sentence_head} and "
+            f"model.token_types = {c.model.token_types}: rows of two parts need the head, and 2 types"
+        )
     save, evaluate = c.checkpoint.every, c.evaluation.every
     if c.checkpoint.keep_best and (evaluate is None or math.lcm(save, evaluate) > steps):
         yield (

@@ -13,7 +13,7 @@ from tests.processes import run_processes
 
 SIZES = {"vocab_size": 400, "n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 4, "d_ff": 64, "max_seq_len": 64}
 MODELS = {
-    "bert": {**tiny.BERT, **SIZES},
+    "bert": {**tiny.BERT, **SIZES, "next_sentence_head": True},
     "t5": {**tiny.T5, **SIZES, "n_encoder_layers": 1, "head_dim": 8, "logit_scale": 1.0},
     "prefixes, chunks and noisy experts": {
         **SIZES, "n_layers": 1, "attention_chunk": 24, "attention_global_tokens": 2,
@@ -22,7 +22,7 @@ MODELS = {
         },
     },
 }  # fmt: skip
-OBJECTIVES = {"prefixes, chunks and noisy experts": {"kind": "prefix_lm"}}
+OBJECTIVES = {"bert": {"next_sentence": True}, "prefixes, chunks and noisy experts": {"kind": "prefix_lm"}}
 TRAIN = {"steps": 30, "seq_len": 64, "global_batch_tokens": 1024}
 
 
@@ -64,8 +64,8 @@ def test_the_loss_falls_and_a_resumed_run_goes_on_bitwise_as_the_whole_one(name,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"next_sentence_head": True}, r"model\.next_sentence_head = true"),
-        ({"vocab_size": 384}, r"set model\.vocab_size=385"),
+        ({}, r"data\.objective\.next_sentence = false: nothing would train that head"),
+        ({"vocab_size": 384, "next_sentence_head": False}, r"set model\.vocab_size=385"),
     ],
     ids=["next sentences", "no place for the mask"],
 )

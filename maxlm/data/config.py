@@ -60,6 +60,12 @@ class ObjectiveConfig(Section):
     mask_rate: float = key(0.15, "mlm, span_corruption: the part of a row's tokens that is to be told", gt=0, lt=1)
     mean_span: float = key(3.0, "span_corruption: mean length of a missing span", unit="tokens", ge=1)
     mask_id: int | None = key(None, "mlm: the token for a masked one; null: the last of model.vocab_size", ge=0)
+    next_sentence: bool = key(
+        False,
+        "mlm: a row is two parts of one document, or by chance, every second time, of two, and "
+        "model.next_sentence_head is to tell which (arXiv:1810.04805, section A.2); its mean cross-entropy is added to "
+        "the loss",
+    )
     first_sentinel_id: int | None = key(
         None,
         "span_corruption: the token for the first missing span, the next ones are those below it; null: the last of "

@@ -33,6 +33,8 @@ class Objective:
     """the mask, or the first sentinel"""
     start_id: int = 0
     """the first of a decoder's inputs"""
+    next_sentence: bool = False
+    """whether a row of `mlm` is a pair of parts (see `sentence_pairs.py`)"""
 
     @classmethod
     def of(cls, config: ObjectiveConfig, *, model_kind: str, vocab_size: int, start_id: int) -> Objective:
@@ -48,11 +50,13 @@ class Objective:
         for name in SPECIAL_KEY.values():
             if name != key and getattr(config, name) is not None:
                 raise ConfigError(f"data.objective.{name} is not of kind = {kind!r}; leave it out")
+        if config.next_sentence and kind != "mlm":
+            raise ConfigError(f"data.objective.next_sentence = true is not of kind = {kind!r}; leave it out")
         special = getattr(config, key) if key else 0
         special = vocab_size - 1 if special is None else special
         if special >= vocab_size:
             raise ConfigError(f"data.objective.{key} = {special} is not under model.vocab_size = {vocab_size}")
-        return cls(kind, config.mask_rate, config.mean_span, special, start_id)
+        return cls(kind, config.mask_rate, config.mean_span, special, start_id, config.next_sentence)
 
     def n_special(self, seq_len: int) -> int:
         """How many tokens of the vocabulary a row of `seq_len` needs for itself: from `special_id` down."""
@@ -74,9 +78,10 @@ class Objective:
 
     def fingerprint(self) -> dict[str, Any]:
         """What batches depend on; nothing for the causal one, whose runs are older than this."""
-        return (
-            {} if self.kind == "causal" else {"objective": [self.kind, self.mask_rate, self.mean_span, self.special_id]}
-        )
+        if self.kind == "causal":
+            return {}
+        objective = [self.kind, self.mask_rate, self.mean_span, self.special_id]
+        return {"objective": [*objective, "next_sentence"] if self.next_sentence else objective}
 
 
 def _filled(length: int) -> int:

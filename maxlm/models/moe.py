@@ -41,7 +41,7 @@ class Router(nnx.Module):
 
     def __init__(self, config: ModelConfig, init: Initializer):
         moe = moe_config(config)
-        self.noise, self.noise_scale = moe.router_noise, moe.router_noise_scale
+        self.noise, self.noise_scale = moe.router_noise, moe.router_noise_scale or 0.0
         self.kernel = init.normal("kernel", (config.d_model, moe.n_experts), ("embed", "router"), config.init_std)
         if moe.router_bias:
             self.bias = init.full((moe.n_experts,), ("router",), 0.0)
@@ -52,17 +52,17 @@ class Router(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, noise_key: jax.Array | None = None) -> jax.Array:
         """Logits `[B, T, E]`."""
-        x_BTD, scale = x_BTD.astype(jnp.float32), self.noise_scale or 0.0
-        noisy = self.noise if noise_key is not None else "none"
-        if noisy == "jitter":
-            sharding = jax.typeof(x_BTD).sharding
-            low, high = 1 - scale, 1 + scale
+        x_BTD = x_BTD.astype(jnp.float32)
+        if noise_key is not None and self.noise == "jitter":
+            sharding, low, high = jax.typeof(x_BTD).sharding, 1 - self.noise_scale, 1 + self.noise_scale
             x_BTD = x_BTD * jax.random.uniform(noise_key, x_BTD.shape, minval=low, maxval=high, out_sharding=sharding)
         logits_BTE = project(x_BTD, self.kernel, jnp.float32)
-        logits_BTE = logits_BTE + use(self.bias, jnp.float32) if hasattr(self, "bias") else logits_BTE
-        if noisy == "gaussian":
+        if hasattr(self, "bias"):
+            logits_BTE = logits_BTE + use(self.bias, jnp.float32)
+        if noise_key is not None and self.noise == "gaussian":
             sharding = jax.typeof(logits_BTE).sharding
-            logits_BTE = logits_BTE + scale * jax.random.normal(noise_key, logits_BTE.shape, out_sharding=sharding)
+            noise = jax.random.normal(noise_key, logits_BTE.shape, out_sharding=sharding)
+            logits_BTE = logits_BTE + self.noise_scale * noise
         return logits_BTE
 
     @property

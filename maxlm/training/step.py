@@ -37,7 +37,8 @@ def make_train_step(
     The loss is the mean over the batch's weighted targets, whatever the number of microbatches. A step whose loss or
     gradient norm is not finite or leaps (`SpikeConfig`) leaves parameters and optimizer as they were, is
     counted, and costs no host round trip. Metrics: loss (with z-loss), nll (without), grad_norm, learning_rate,
-    skipped_steps; and of a mixture of experts balance_loss, router_z_loss and those of `routing_metrics`.
+    skipped_steps; next_sentence_loss where that is asked for; and of a mixture of experts balance_loss, router_z_loss
+    and those of `routing_metrics`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -100,6 +101,8 @@ def accumulated_gradients(
         total, parts = next_token_loss(model, params, micro, loss_config, noise_key)
         mean = total / targets
         found = {"nll": parts["nll_sum"] / targets}
+        if "next_sentence_sum" in parts:
+            found["next_sentence_loss"] = parts["next_sentence_sum"] / targets
         if "routing" in parts:
             found["balance_loss"] = parts["balance_sum"] / targets
             found["router_z_loss"] = parts["router_z_sum"] / targets
