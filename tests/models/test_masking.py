@@ -8,6 +8,7 @@ import pytest
 from maxlm.errors import ConfigError
 from maxlm.kernels.masks import Mask
 from maxlm.models.config import ModelConfig
+from maxlm.models.families import family_for
 from maxlm.models.masking import mask_of
 from tests import latents, tiny
 
@@ -86,6 +87,12 @@ def test_window_chunk_and_global_tokens_are_those_of_local_layers():
 def test_what_would_bind_no_layer_is_refused_by_its_keys(keys, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**{**tiny.LLAMA, **keys})
+
+
+@pytest.mark.parametrize("keys", [{"attention_chunk": 8}, {"attention_window": 8, "attention_global_tokens": 1}])
+def test_chunks_and_global_tokens_are_in_no_family_that_is_exported(keys):
+    with pytest.raises(ConfigError, match=f"llama: .*model.{list(keys)[-1]} = "):
+        family_for(ModelConfig(**tiny.LLAMA, **keys))
 
 
 @pytest.mark.parametrize(
