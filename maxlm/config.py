@@ -108,8 +108,9 @@ class RunConfig(Section):
 
     @property
     def row_lengths(self) -> RowLengths:
-        """Tokens of an encoder and a decoder that a row of train.seq_len becomes."""
-        return RowLengths(*self.objective.lengths(self.train.seq_len))
+        """What a row of train.seq_len becomes: tokens of an encoder and a decoder, prefixes."""
+        objective = self.objective
+        return RowLengths(*objective.lengths(self.train.seq_len), prefix=objective.kind == "prefix_lm")
 
 
 def _misfits(c: RunConfig) -> Iterator[str]:
@@ -144,6 +145,11 @@ def _misfits(c: RunConfig) -> Iterator[str]:
         yield (
             f"profile.start_step = {c.profile.start_step} is after train.steps = {steps}, the end of the run: "
             "nothing would be traced"
+        )
+    if c.data.objective.next_sentence and not (c.model.next_sentence_head and c.model.token_types >= 2):
+        yield (
+            f"data.objective.next_sentence = true with model.next_sentence_head = {c.model.next_sentence_head} and "
+            f"model.token_types = {c.model.token_types}: rows of two parts need the head, and 2 types"
         )
     save, evaluate = c.checkpoint.every, c.evaluation.every
     if c.checkpoint.keep_best and (evaluate is None or math.lcm(save, evaluate) > steps):

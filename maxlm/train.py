@@ -100,10 +100,10 @@ def check_same_data(before: dict[str, Any], now: dict[str, Any], config: RunConf
 def open_data(program: Program) -> Loader:
     """The training data of the run, checked against its tokenizer and its model's vocabulary."""
     config, objective = program.config, program.config.objective
-    if config.model.next_sentence_head:
+    if config.model.next_sentence_head and not objective.next_sentence:
         raise ConfigError(
-            "model.next_sentence_head = true: there is no objective of next sentences to train it by; set it to false, "
-            "and masked tokens alone are learned"
+            "model.next_sentence_head = true and data.objective.next_sentence = false: nothing would train that head; "
+            "set both to true, or both to false, and masked tokens alone are learned"
         )
     loader = Loader(
         config.data,

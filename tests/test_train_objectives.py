@@ -1,4 +1,4 @@
-"""`maxlm train` of an encoder and an encoder-decoder on a token store."""
+"""`maxlm train` on a token store by objectives other than the next token."""
 
 import json
 import shutil
@@ -13,9 +13,16 @@ from tests.processes import run_processes
 
 SIZES = {"vocab_size": 400, "n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 4, "d_ff": 64, "max_seq_len": 64}
 MODELS = {
-    "bert": {**tiny.BERT, **SIZES},
+    "bert": {**tiny.BERT, **SIZES, "next_sentence_head": True},
     "t5": {**tiny.T5, **SIZES, "n_encoder_layers": 1, "head_dim": 8, "logit_scale": 1.0},
+    "prefixes, chunks and noisy experts": {
+        **SIZES, "n_layers": 1, "attention_chunk": 24, "attention_global_tokens": 2,
+        "moe": {
+            "n_experts": 4, "experts_per_token": 2, "d_ff": 32, "router_noise": "jitter", "router_noise_scale": 0.1
+        },
+    },
 }  # fmt: skip
+OBJECTIVES = {"bert": {"next_sentence": True}, "prefixes, chunks and noisy experts": {"kind": "prefix_lm"}}
 TRAIN = {"steps": 30, "seq_len": 64, "global_batch_tokens": 1024}
 
 
@@ -39,7 +46,8 @@ def config_of(path, store, run_dir, model, **sections):
 @pytest.mark.processes
 @pytest.mark.parametrize("name", MODELS)
 def test_the_loss_falls_and_a_resumed_run_goes_on_bitwise_as_the_whole_one(name, store, tmp_path):
-    config, run_dir = config_of(tmp_path / "tiny.yaml", store, tmp_path / "run", MODELS[name]), tmp_path / "run"
+    objective, run_dir = {"objective": OBJECTIVES.get(name, {})}, tmp_path / "run"
+    config = config_of(tmp_path / "tiny.yaml", store, run_dir, MODELS[name], data=objective)
     run_processes(1, runs.command(config), timeout=400)
     lines, scores = runs.training_lines(run_dir), runs.evaluation_lines(run_dir)
     assert sum(line["loss"] for line in lines[-5:]) < 0.95 * sum(line["loss"] for line in lines[:5])
@@ -56,8 +64,8 @@ def test_the_loss_falls_and_a_resumed_run_goes_on_bitwise_as_the_whole_one(name,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"next_sentence_head": True}, r"model\.next_sentence_head = true"),
-        ({"vocab_size": 384}, r"set model\.vocab_size=385"),
+        ({}, r"data\.objective\.next_sentence = false: nothing would train that head"),
+        ({"vocab_size": 384, "next_sentence_head": False}, r"set model\.vocab_size=385"),
     ],
     ids=["next sentences", "no place for the mask"],
 )

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from maxlm.config import RunConfig
+from maxlm.data.denoising import Draws, prefix_batch
 from maxlm.parallel.mesh import make_mesh
 from maxlm.training.program import Program
 
@@ -90,6 +91,8 @@ def host_batch(run: RunConfig, step: int, *, packed: bool = True) -> dict[str, n
         "positions": positions[:, :-1].astype(np.int32),
         "weights": (segments[:, 1:] == segments[:, :-1]).astype(np.float32),
     }
+    if run.objective.kind == "prefix_lm":
+        batch = prefix_batch(batch, Draws(step, 0, np.arange(rows)))
     if run.model.kind == "encoder_decoder":
         # Documents of the encoder's are a position longer or shorter than the decoder's.
         batch |= {f"encoder_{name}": np.roll(batch[name], 1, axis=1) for name in ("inputs", "segments", "positions")}

@@ -50,14 +50,22 @@ class StoreWeight(Section):
 class ObjectiveConfig(Section):
     """What a model is to tell of a row's tokens."""
 
-    kind: Literal["causal", "mlm", "span_corruption"] | None = key(
+    kind: Literal["causal", "prefix_lm", "mlm", "span_corruption"] | None = key(
         None,
-        "causal: each next token; mlm: tokens that are masked (arXiv:1810.04805); span_corruption: spans that are "
-        "missing (T5, arXiv:1910.10683). Each is of one model.kind: decoder, encoder, encoder_decoder; null: that one",
+        "causal: each next token; prefix_lm: each next token behind a document's first ones, which see each other both "
+        "ways; how many is drawn evenly from 1 to all but the last, anew each time a row comes (T5, arXiv:1910.10683, "
+        "section 3.2.3); mlm: tokens that are masked (arXiv:1810.04805); span_corruption: spans that are missing (T5). "
+        "Decoders have the first two, encoders mlm, encoder_decoders span_corruption; null: the first of these",
     )
     mask_rate: float = key(0.15, "mlm, span_corruption: the part of a row's tokens that is to be told", gt=0, lt=1)
     mean_span: float = key(3.0, "span_corruption: mean length of a missing span", unit="tokens", ge=1)
     mask_id: int | None = key(None, "mlm: the token for a masked one; null: the last of model.vocab_size", ge=0)
+    next_sentence: bool = key(
+        False,
+        "mlm: a row is two parts of one document, or by chance, every second time, of two, and "
+        "model.next_sentence_head is to tell which (arXiv:1810.04805, section A.2); its mean cross-entropy is added to "
+        "the loss",
+    )
     first_sentinel_id: int | None = key(
         None,
         "span_corruption: the token for the first missing span, the next ones are those below it; null: the last of "

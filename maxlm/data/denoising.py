@@ -1,6 +1,6 @@
-"""Objectives of hidden tokens: masked tokens for encoders, missing spans for encoder-decoders.
+"""Objectives that are drawn: prefixes for decoders, masked tokens for encoders, missing spans for encoder-decoders.
 
-What is hidden of a row is a pure function of the run's seed and the row's number, as its tokens are: from the bits of
+What is drawn for a row is a pure function of the run's seed and the row's number, as its tokens are: from the bits of
 Philox (Salmon et al. 2011), which are the same in every version of NumPy.
 
 Shapes: B rows, T tokens in a row, of windows of T + 1.
@@ -14,6 +14,7 @@ import numpy as np
 
 from maxlm.data.objective import Objective
 from maxlm.data.objectives import causal_batch
+from maxlm.data.sentence_pairs import N_DRAWS, Windows, pair_batch
 
 # BERT's shares of chosen tokens that are masked, and that are replaced by any token; the others stay.
 MASKED, REPLACED = 0.8, 0.1
@@ -32,7 +33,7 @@ class Draws(NamedTuple):
 
     seed: int
     stream: int
-    """0 for training, 1 for evaluation"""
+    """0 for training, 1 for evaluation; `of_pairs` adds 2"""
     numbers: np.ndarray
     """int[B]: each row's number in the run"""
 
@@ -44,6 +45,10 @@ class Draws(NamedTuple):
         ]
         return np.array(made, np.uint64).reshape(len(made), count)
 
+    def of_pairs(self) -> np.ndarray:
+        """uint64[B, 1 + N_DRAWS]: what says which the other window of a pair is, then the pair's own."""
+        return self._replace(stream=self.stream + 2).bits(1 + N_DRAWS)
+
 
 def make_batch(
     how: Objective,
@@ -52,18 +57,44 @@ def make_batch(
     draws: Draws,
     lengths: np.ndarray | None = None,
     sizes: np.ndarray | None = None,
+    others: Windows | None = None,
 ) -> dict[str, np.ndarray]:
     """The batch of windows [B, T + 1]. `lengths` int[B] says how many of a window's tokens there are, all unless given;
-    `sizes` [B, T + 1] is of the tokens and becomes `target_bytes`, of the targets."""
+    `sizes` [B, T + 1] is of the tokens and becomes `target_bytes`, of the targets; `others` has, where next sentences
+    are asked for, the windows of parts that do not follow."""
     if how.kind == "span_corruption":
         return _span_corruption(how, windows, marks, draws, lengths, sizes)
-    batch = causal_batch(windows, marks.bos_id, marks.eos_id, lengths)
+    if how.next_sentence:
+        first, bits = Windows(windows, lengths, sizes), draws.of_pairs()[:, 1:]
+        batch, sizes = pair_batch(first, others, marks.bos_id, marks.eos_id, bits)
+    else:
+        batch = causal_batch(windows, marks.bos_id, marks.eos_id, lengths)
     if how.kind == "mlm":
         batch = _mlm(how, batch, marks, draws)
+    elif how.kind == "prefix_lm":
+        batch = prefix_batch(batch, draws)
     if sizes is not None:
-        sizes = sizes[:, 1:] if how.kind == "causal" else sizes[:, :-1]
+        sizes = sizes[:, : batch["inputs"].shape[1]] if how.kind == "mlm" else sizes[:, 1:]
         batch["target_bytes"] = (sizes * batch["weights"]).astype(np.float32)
     return batch
+
+
+def prefix_batch(batch: dict[str, np.ndarray], draws: Draws) -> dict[str, np.ndarray]:
+    """The batch for a prefix language model (arXiv:1910.10683, section 3.2.3) of one for next tokens: in each document
+    of a row, of n tokens that are to be told, the first 1 to n tokens become its prefix, each number equally likely.
+
+    `prefix` bool[B, T] marks them. What is told of a document begins with the token behind its prefix.
+    """
+    rows_B1, segments, positions = np.arange(len(batch["inputs"]))[:, None], batch["segments"], batch["positions"]
+    told = np.zeros((segments.shape[0], segments.shape[1] + 1), np.int64)
+    np.add.at(told, (rows_B1, segments), batch["weights"] > 0)
+    told = told[rows_B1, segments]
+    # A document's number is the one at the place where it begins.
+    begins = np.arange(segments.shape[1]) - positions
+    uniform = (draws.bits(segments.shape[1])[rows_B1, begins] >> np.uint64(11)) * 2.0**-53
+    lengths = np.where(segments > 0, np.minimum(1 + (uniform * told).astype(np.int64), told), 0)
+    weights = batch["weights"] * (positions >= lengths - 1)
+    return batch | {"weights": weights.astype(np.float32), "prefix": positions < lengths}
 
 
 def _mlm(how: Objective, batch: dict[str, np.ndarray], marks: Marks, draws: Draws) -> dict[str, np.ndarray]:

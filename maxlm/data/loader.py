@@ -19,6 +19,7 @@ from maxlm.data.config import DataConfig
 from maxlm.data.denoising import Draws, Marks, make_batch
 from maxlm.data.mixture import Mixture, permute, shuffle_keys
 from maxlm.data.objective import Objective
+from maxlm.data.sentence_pairs import Windows
 from maxlm.data.storage import shared_context, storage_errors
 from maxlm.data.store import SPLITS, TokenStore
 from maxlm.errors import ConfigError, DataError
@@ -109,11 +110,13 @@ class Loader:
         self._check_stores()
         self._readers = {name: self._make_readers(name, data.cache_mib << 20) for name in SPLITS}
         self._n_windows = [max(0, reader.n_tokens - 1) // seq_len for reader in self._readers[split]]
+        needed = 2 if self._objective.next_sentence else 1
         for store, n_windows in zip(self._stores, self._n_windows, strict=True):
-            if not n_windows:
+            if n_windows < needed:
                 raise DataError(
                     f"{store.url}: the {split} split has {store.manifest.counts(split).tokens} tokens, fewer than the "
-                    f"{seq_len + 1} of one row. Prepare more documents, or lower train.seq_len."
+                    f"{needed * seq_len + 1} of {'one row' if needed == 1 else 'two rows, of which pairs are made'}. "
+                    "Prepare more documents, or lower train.seq_len."
                 )
         self._mixture = Mixture(weights)
         self.vocab_size = self.manifests[0].vocab_size
@@ -162,12 +165,21 @@ class Loader:
         """
         samples = step * self.global_batch + np.asarray(row_indices, np.int64)
         stores, numbers = self._mixture.locate_batch(samples)
-        windows = np.empty((len(samples), self.seq_len + 1), self.manifests[0].dtype)
+        places, draws, others = np.empty_like(numbers), Draws(self.seed, 0, samples), None
+        for store in np.unique(stores).tolist():
+            chosen = stores == store
+            places[chosen] = self._window_numbers(store, numbers[chosen])
+        if self._objective.next_sentence:
+            others = Windows(self._windows(stores, _another(places, np.array(self._n_windows)[stores], draws)))
+        return make_batch(self._objective, self._windows(stores, places), self._marks, draws, others=others)
+
+    def _windows(self, stores: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """The windows [n, T + 1] of numbers `places` in their stores."""
+        windows = np.empty((len(stores), self.seq_len + 1), self.manifests[0].dtype)
         for store in np.unique(stores).tolist():
             chosen = np.flatnonzero(stores == store)
-            starts = self._window_numbers(store, numbers[chosen]) * self.seq_len
-            windows[chosen] = self._readers[self.split][store].windows(starts, self.seq_len + 1)
-        return make_batch(self._objective, windows, self._marks, Draws(self.seed, 0, samples))
+            windows[chosen] = self._readers[self.split][store].windows(places[chosen] * self.seq_len, self.seq_len + 1)
+        return windows
 
     def _window_numbers(self, store: int, numbers: np.ndarray) -> np.ndarray:
         """Which windows a store's samples `numbers` are."""
@@ -228,6 +240,14 @@ class Loader:
     def eval_rows(self, batch_number: int, row_indices: np.ndarray) -> dict[str, np.ndarray]:
         """Rows of one of the batches of `eval_batches`."""
         numbers = batch_number * self.global_batch + np.asarray(row_indices, np.int64)
+        draws, total, others = Draws(self.seed, 1, numbers), int(self._eval_windows()[-1]), None
+        if self._objective.next_sentence and total > 1:
+            others = self._read_eval(_another(numbers, np.full(len(numbers), total), draws))
+        windows, lengths, text_bytes = self._read_eval(numbers)
+        return make_batch(self._objective, windows, self._marks, draws, lengths, text_bytes, others)
+
+    def _read_eval(self, numbers: np.ndarray) -> Windows:
+        """The held-out windows of these numbers, with their lengths and bytes; empty behind the last."""
         firsts = self._eval_windows()
         width = self.seq_len + 1
         windows = np.zeros((len(numbers), width), self.manifests[0].dtype)
@@ -239,7 +259,7 @@ class Loader:
                 lengths[row] = min(width, reader.n_tokens - start)
                 windows[row, : lengths[row]] = reader.windows(np.array([start]), int(lengths[row]))[0]
                 text_bytes[row, : lengths[row]] = self._bytes_of(store, windows[row, : lengths[row]], start)
-        return make_batch(self._objective, windows, self._marks, Draws(self.seed, 1, numbers), lengths, text_bytes)
+        return Windows(windows, lengths, text_bytes)
 
     def _bytes_of(self, store: int, tokens: np.ndarray, start: int) -> np.ndarray:
         """float32[n]: the bytes that held-out `tokens`, which begin at `start`, stand for."""
@@ -263,6 +283,12 @@ class Loader:
         special = sum(i is not None for i in (manifest.bos_id, manifest.eos_id))
         text_tokens = np.maximum(np.diff(offsets) - special, 1)
         return offsets, (token_store.read("heldout/bytes") / text_tokens).astype(np.float32)
+
+
+def _another(numbers: np.ndarray, counts: np.ndarray, draws: Draws) -> np.ndarray:
+    """For each of int64[n] numbers under its count another such number, each equally likely."""
+    away = 1 + (draws.of_pairs()[:, 0] % (counts - 1).astype(np.uint64)).astype(np.int64)
+    return (numbers + away) % counts
 
 
 def process_rows(sharding: Any, global_batch: int) -> np.ndarray:

@@ -52,6 +52,7 @@ def generate(
     eos_id: int | None,
     seed: int,
     first: np.ndarray | None = None,
+    prefix: bool = False,
 ) -> list[list[int]]:
     """Up to `max_tokens` new tokens for each prompt, without the `eos_id` that ends one early. Needs the current mesh.
 
@@ -59,6 +60,7 @@ def generate(
     the new tokens. The same seed gives a prompt the same tokens whatever else is in the batch, its own number in
     `prompts` apart.
     `first`, bool [prompts, vocab_size], says which tokens each prompt's first new one may be; any where not given.
+    `prefix`: a decoder's prompts are prefixes, whose tokens see each other both ways (`data.objective.kind=prefix_lm`).
     Raises DataError for a prompt that is empty or not of the vocabulary, ConfigError for an encoder, or where positions
     are learned and what one side reads and writes passes `model.max_seq_len`.
     """
@@ -82,7 +84,7 @@ def generate(
     # Rows that only fill the batch up are done from the start.
     done_B = np.arange(n_rows) >= len(prompts)
     chosen_BN = _generate(
-        model, sampling, space, bucket(max_tokens), params, tokens_BT, lengths_B, done_B, first_BV,
+        model, sampling, space, bucket(max_tokens), prefix, params, tokens_BT, lengths_B, done_B, first_BV,
         np.int32(max_tokens), np.int32(-1 if eos_id is None else eos_id), np.uint32(seed % 2**32),
     )  # fmt: skip
     return [_until(row[:max_tokens].tolist(), eos_id) for row in np.asarray(chosen_BN)[: len(prompts)]]
@@ -104,7 +106,8 @@ def generate_run(
 
     A prompt gets the tokenizer's bos in front where it has one, as documents have in training. One that ends in spaces
     is continued as if they belonged to the next word (see `heal`). An encoder-decoder's encoder gets prompts as they
-    are, with the tokenizer's eos behind them, as its inputs have in training.
+    are, with the tokenizer's eos behind them, as its inputs have in training. Of a run with
+    `data.objective.kind=prefix_lm` a prompt is the prefix.
     """
     from maxlm.data.tokenizer import load_tokenizer
     from maxlm.inference.load import load_run
@@ -134,6 +137,7 @@ def generate_run(
             eos_id=tokenizer.eos_id,
             seed=seed,
             first=first,
+            prefix=run.config.objective.kind == "prefix_lm",
         )
     return [tokenizer.decode(tokens)[len(spaces) :] for tokens, (_, spaces, _) in zip(new, healed, strict=True)]
 
@@ -173,15 +177,19 @@ def prefill(
     lengths_B: jax.Array,
     space: int,
     encoded: EncodedCache | None = None,
+    *,
+    prefix: bool = False,
 ):
     """The logits `[B, V]` after each row's own last token, and caches of `space` positions with the rows in it.
 
     Rows are filled up on the right. The caches then also hold keys of the filling, but no token ever attends to them:
     they come after every token of their row, and each is overwritten before the row has grown to its position.
-    Long prompts go in by pieces, so that the scores of a piece against the cache are all that exists at once.
+    Long prompts go in by pieces, so that the scores of a piece against the cache are all that exists at once; but not
+    as a `prefix`, whose tokens see those of later pieces.
     """
     B, T = tokens_BT.shape
-    piece = PREFILL_PIECE if T % PREFILL_PIECE == 0 else T
+    piece = PREFILL_PIECE if T % PREFILL_PIECE == 0 and not prefix else T
+    prefix_BS = constrain(jnp.arange(space)[None, :] < lengths_B[:, None], "batch", "length") if prefix else None
     rows, stream = activation_spec("batch"), activation_spec("batch", "length", "embed")
 
     def pick(x_BTD, last_B1D, start, lengths_B):
@@ -196,7 +204,7 @@ def prefill(
     def one_piece(carry, start):
         caches, last_B1D = carry
         piece_BT = jax.lax.dynamic_slice_in_dim(tokens_BT, start, piece, axis=1)
-        x_BTD, caches = module.decode(piece_BT, caches, jnp.zeros_like(lengths_B) + start, encoded)
+        x_BTD, caches = module.decode(piece_BT, caches, jnp.zeros_like(lengths_B) + start, encoded, prefix_BS)
         return (caches, pick(constrain(x_BTD, "batch", "length", "embed"), last_B1D, start, lengths_B)), None
 
     last_B1D = constrain(jnp.zeros((B, 1, model.config.d_model), module.dtype), "batch", "length", "embed")
@@ -218,12 +226,13 @@ def next_logits(module: Transformer, x_BTD: jax.Array) -> jax.Array:
     return scores[:, 0]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _generate(
     model: Model,
     sampling: Sampling,
     space: int,
     n_out: int,
+    prefix: bool,
     params: Params,
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
@@ -259,7 +268,7 @@ def _generate(
         encoded = encode(module, tokens_BT, lengths_B)
         tokens_BT = jnp.full_like(tokens_BT[:, :1], model.config.decoder_start_id)
         lengths_B = jnp.ones_like(lengths_B)
-    logits_BV, caches = prefill(module, model, tokens_BT, lengths_B, space, encoded)
+    logits_BV, caches = prefill(module, model, tokens_BT, lengths_B, space, encoded, prefix=prefix)
     logits_BV = jnp.where(constrain(first_BV, "batch", None), logits_BV, -jnp.inf)
     token_B, done_B = choose(logits_BV, lengths_B, done_B)
     chosen_BN = constrain(jnp.full((tokens_BT.shape[0], n_out), eos_id, jnp.int32), "batch", "length")

@@ -76,6 +76,11 @@ def load_for_export(
 
     config = load_config(Path(run_dir) / "config.yaml")
     family_for(config.model)
+    if config.objective.kind == "prefix_lm":
+        raise ConfigError(
+            "data.objective.kind = 'prefix_lm': this model was trained to see prompts both ways, and transformers and "
+            "llama.cpp would run it as one that sees them from left to right; sample it with maxlm generate"
+        )
     refuse_existing(Path(out))
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer.path is not None else None
     check_tokenizer(tokenizer, config.model)

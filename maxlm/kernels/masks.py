@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TileKind = Literal["empty", "partial", "full"]
 
@@ -77,6 +80,21 @@ class Mask:
         if self.chunk is not None:
             allowed = allowed & (q_index // self.chunk == kv_index // self.chunk)
         return allowed
+
+    def behind(self, length: int) -> np.ndarray:
+        """int64[length]: how many of itself and the positions before it each position of a row may attend to.
+
+        Without causality it may attend to as many ahead as it is seen from there, since masks are symmetric.
+        """
+        import numpy as np
+
+        position, n = np.arange(length), min(self.global_tokens, length)
+        first = np.full(length, n)
+        if self.window is not None:
+            first = np.maximum(first, position - self.window + 1)
+        if self.chunk is not None:
+            first = np.maximum(first, position // self.chunk * self.chunk)
+        return np.where(position < n, position + 1, n + position - first + 1)
 
     def tile_kind(self, row: int, column: int, q_tile: int, kv_tile: int) -> TileKind:
         """What the mask leaves of one tile of `q_tile` queries by `kv_tile` keys."""

@@ -11,9 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels.attention import attention
 from maxlm.kernels.attention_bias import Bias
-from maxlm.kernels.masks import Mask
 from maxlm.models.config import ModelConfig
 from maxlm.models.layers import HeadsNorm, Initializer, Norm, project, use
+from maxlm.models.masking import mask_of
 from maxlm.models.positions import rotate
 from maxlm.models.stacks import LayerKind
 from maxlm.parallel.axes import activation_spec, constrain
@@ -42,6 +42,10 @@ class Context(NamedTuple):
     encoded_BSD: jax.Array | None = None
     """the encoder's result, which a decoder attends to"""
     encoded_segments_BS: jax.Array | None = None
+    prefix_BS: jax.Array | None = None
+    """bool: keys that self-attention also sees from before them"""
+    noise_key: jax.Array | None = None
+    """in training, what routers' noise is made from: the step's, and within a layer the layer's"""
 
     def angles(self, kind: LayerKind) -> Angles | None:
         """Cosines and sines for a layer, where positions are RoPE's."""
@@ -58,7 +62,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, kind: LayerKind, dtype: jnp.dtype, init: Initializer):
         self.config, self.kind, self.dtype = config, kind, dtype
-        self.mask = Mask(causal=kind.causal, window=config.attention_window if kind.local else None)
+        self.mask = mask_of(config, kind)
         d, h, g, k = config.d_model, config.n_heads, config.kv_heads, config.head_width
         out_std = config.residual_init_std
         self.q = init.normal("q", (d, h, k), ("embed", "heads", "head_dim"), config.init_std)
@@ -102,6 +106,7 @@ class Attention(nnx.Module):
             v_BTGK,
             mask=self.mask,
             segments_BT=context.segments_BT,
+            prefix_BS=context.prefix_BS,
             bias=context.bias,
             sinks_H=use(self.sinks, jnp.float32) if self.config.attention_sinks else None,
             softcap=self.config.attention_softcap,

@@ -112,21 +112,22 @@ def run_segment(
         return *_run_one_by_one(segment, blocks, x_BTD, context, caches, encoded), {}
     graphs, stacked = zip(*(nnx.split(blocks[name]) for name in names), strict=True)
 
-    def layer(graph, x_BTD, params, cache, encoded):
-        return nnx.merge(graph, params)(x_BTD, context, cache, encoded)
+    def layer(graph, x_BTD, params, cache, encoded, noise_key=None):
+        return nnx.merge(graph, params)(x_BTD, context._replace(noise_key=noise_key), cache, encoded)
 
     if caches is None:
         # `prevent_cse` guards against XLA merging the recomputation with the forward pass; a scan already does.
         trained = jax.checkpoint(layer, policy=remat_policy(remat), prevent_cse=False, static_argnums=0)
 
-        def pattern(x_BTD, params):
+        def pattern(x_BTD, inputs):
             routed = []
-            for graph, own in zip(graphs, params, strict=True):
-                x_BTD, _, routing = trained(graph, x_BTD, own, None, None)
+            for graph, own, noise_key in zip(graphs, *inputs, strict=True):
+                x_BTD, _, routing = trained(graph, x_BTD, own, None, None, noise_key)
                 routed.append(routing)
             return x_BTD, tuple(routed)
 
-        x_BTD, routed = jax.lax.scan(pattern, x_BTD, stacked)
+        noise_keys = tuple(layer_keys(context.noise_key, stack.layers) for stack in segment)
+        x_BTD, routed = jax.lax.scan(pattern, x_BTD, (stacked, noise_keys))
         return x_BTD, None, {name: one for name, one in zip(names, routed, strict=True) if one is not None}
 
     def cached_pattern(carry, inputs):
@@ -181,6 +182,13 @@ def _run_one_by_one(
             x_BTD, cache, _ = blocks[name][number](x_BTD, context, _layer_of(written[name], number), made)
             written[name] = jax.tree.map(put, written[name], cache)
     return x_BTD, written
+
+
+def layer_keys(noise_key: jax.Array | None, layers: Sequence[int]) -> jax.Array | None:
+    """The keys of layers' noise, by their numbers in the model; None without one."""
+    if noise_key is None:
+        return None
+    return jax.vmap(partial(jax.random.fold_in, noise_key))(jnp.asarray(layers, jnp.uint32))
 
 
 def remat_policy(remat: RematConfig) -> Callable[..., Any]:

@@ -215,10 +215,25 @@ class ModelConfig(Section):
         unit="tokens",
         ge=1,
     )
+    attention_chunk: int | None = key(
+        None,
+        "a token attends to its own chunk of so many positions of the row, those before it alone in a decoder (Llama "
+        "4); with attention_window too, to what both leave; null: no chunks",
+        unit="tokens",
+        ge=1,
+    )
+    attention_global_tokens: int = key(
+        0,
+        "window and chunk do not bind the first so many positions of a row: they attend to all, and all to them, in a "
+        "decoder only backwards (Longformer, arXiv:2004.05150, section 3.1, by the same projections as all others). Of "
+        "a row with several documents they are the first one's",
+        unit="tokens",
+        ge=0,
+    )
     attention_pattern: tuple[Literal["local", "global"], ...] = key(
         (),
-        "attention of the layers in turn, repeated over the model: local sees attention_window positions, global all; "
-        "empty: all layers are local where a window is given, else global",
+        "attention of the layers in turn, repeated over the model: local sees attention_window positions or an "
+        "attention_chunk, global all; empty: all layers are local where one of these is given, else global",
     )
     local_rope_theta: float | None = key(
         None, "base of RoPE's wavelengths in local layers, not scaled (Gemma 3); as the others' where not given", gt=0
@@ -325,7 +340,7 @@ class ModelConfig(Section):
         if self.decoder_start_id >= self.vocab_size:
             raise ValueError(f"decoder_start_id = {self.decoder_start_id} is not under vocab_size = {self.vocab_size}")
         if self.kind == "encoder_decoder":
-            for name in ("attention_window", "parallel_residual"):
+            for name in ("attention_window", "attention_chunk", "parallel_residual"):
                 if getattr(self, name):
                     raise ValueError(f"{name} does not go with kind = 'encoder_decoder'; leave it out")
         if self.kind != "decoder" and self.positions == "alibi":
@@ -374,10 +389,16 @@ class ModelConfig(Section):
         pattern = self.attention_pattern
         if len(pattern) > self.n_layers:
             raise ValueError(f"attention_pattern names {len(pattern)} layers, and n_layers = {self.n_layers}")
-        if "local" in pattern and self.attention_window is None:
-            raise ValueError("attention_pattern has local layers; give attention_window")
-        if pattern and "local" not in pattern and self.attention_window is not None:
-            raise ValueError("attention_window is given, and no layer of attention_pattern is local; leave it out")
+        bounds = [name for name in ("attention_window", "attention_chunk") if getattr(self, name) is not None]
+        if "local" in pattern and not bounds:
+            raise ValueError("attention_pattern has local layers; give attention_window or attention_chunk")
+        if pattern and "local" not in pattern and bounds:
+            raise ValueError(f"{' and '.join(bounds)} given, and no layer of attention_pattern is local; leave it out")
+        if self.attention_global_tokens and not bounds:
+            raise ValueError(
+                f"attention_global_tokens = {self.attention_global_tokens}, and no layer is local: every token attends "
+                "to all; give attention_window or attention_chunk, or leave it out"
+            )
         if self.local_rope_theta is not None and (
             self.positions != "rope" or not any(k.local for k in self.layer_kinds)
         ):
@@ -396,7 +417,8 @@ class ModelConfig(Section):
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer; of an encoder_decoder, those of its decoder."""
-        pattern = self.attention_pattern or ("global" if self.attention_window is None else "local",)
+        bound = self.attention_window is not None or self.attention_chunk is not None
+        pattern = self.attention_pattern or ("local" if bound else "global",)
         causal, cross = self.kind != "encoder", self.kind == "encoder_decoder"
         return tuple(
             LayerKind(

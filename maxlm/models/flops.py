@@ -8,9 +8,13 @@ recomputation (remat) is not model FLOPs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
+from maxlm.kernels.masks import Mask
 from maxlm.models.config import ModelConfig, PrecisionConfig
+from maxlm.models.masking import mask_of
+from maxlm.models.stacks import LayerKind
 from maxlm.models.weights import weights_of
 
 
@@ -65,38 +69,54 @@ class ForwardFlops:
         return self.attention_projections + self.attention_scores + self.mlp + self.head
 
 
-def attended_positions(config: ModelConfig, seq_len: int, *, local: bool, causal: bool = True) -> float:
+def attended_positions(
+    config: ModelConfig, seq_len: int, *, local: bool, causal: bool = True, prefix: bool = False
+) -> float:
     """To how many positions one of a full row of `seq_len` attends on average, in a local or global layer.
 
-    Position t attends to t + 1, or to the window where that is less; without causality to as many on the other side.
+    What the layer's mask leaves of the row as one document. `prefix`: the mean over its prefixes of 1 to `seq_len`
+    tokens, all equally likely, whose tokens a causal mask also leaves to those before them.
     """
-    window = min(config.attention_window or seq_len, seq_len) if local else seq_len
-    behind = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
-    return behind if causal else 2 * behind - 1
+    return _attended(mask_of(config, LayerKind(local=local, causal=causal)), seq_len, prefix)
+
+
+@cache
+def _attended(mask: Mask, length: int, prefix: bool) -> float:
+    behind = mask.behind(length)
+    pairs = float(behind.sum())
+    if not mask.causal:
+        pairs = 2 * pairs - length
+    elif prefix:
+        # Position t, when it is in the prefix, is seen from as many before it as it sees there.
+        pairs += sum((int(seen) - 1) * (length - t) for t, seen in enumerate(behind)) / length
+    return pairs / length
 
 
 class RowLengths(NamedTuple):
-    """Tokens in a row of an encoder-decoder's batch."""
+    """What becomes of a row: tokens of an encoder-decoder's sides; whether a decoder's documents have a prefix."""
 
     encoder: int
     decoder: int
+    prefix: bool = False
 
 
 def forward_flops(config: ModelConfig, seq_len: int, lengths: RowLengths | None = None) -> ForwardFlops:
     """Matmul FLOPs of training's forward pass for one token of a full row of `seq_len`, by part.
 
     Scores and values take 2 FLOPs each for every pair of positions that the mask leaves, head and channel. `lengths`
-    are what an encoder-decoder makes of such a row; both `seq_len` unless given. Modules that predict further ahead are
-    layers like the last one, whose projections of two vectors to one count with the MLP's, and use the head again.
+    are what an objective makes of such a row: of an encoder-decoder's sides, both `seq_len` unless given; and whether
+    a decoder sees prefixes both ways, which is counted as `attended_positions` says. Modules that predict further ahead
+    are layers like the last one, whose projections of two vectors to one count with the MLP's, and use the head again.
     """
     c = config
+    prefix = lengths is not None and lengths.prefix
     lengths = lengths if lengths is not None and c.kind == "encoder_decoder" else RowLengths(seq_len, seq_len)
     shares = lengths.encoder / seq_len, lengths.decoder / seq_len
     pairs = 0.0
     for side, kinds in c.sides.items():
         length, share = (lengths.encoder, shares[0]) if side == "encoder" else (lengths.decoder, shares[1])
         for kind in (*kinds, *kinds[-1:] * c.mtp_layers):
-            pairs += share * attended_positions(c, length, local=kind.local, causal=kind.causal)
+            pairs += share * attended_positions(c, length, local=kind.local, causal=kind.causal, prefix=prefix)
             pairs += share * lengths.encoder if kind.cross else 0
     head = c.vocab_size * c.d_model * (1 + c.mtp_layers) + (c.d_model**2 if c.head_transform else 0)
     return ForwardFlops(

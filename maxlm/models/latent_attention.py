@@ -14,10 +14,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels.attention import attention
-from maxlm.kernels.masks import Mask
 from maxlm.models.attention import Context, write_rows
 from maxlm.models.config import ModelConfig
 from maxlm.models.layers import Initializer, Norm, project, use
+from maxlm.models.masking import mask_of
 from maxlm.models.positions import rotate
 from maxlm.models.stacks import LayerKind
 from maxlm.parallel.axes import activation_spec, constrain
@@ -43,7 +43,7 @@ class LatentAttention(nnx.Module):
     def __init__(self, config: ModelConfig, kind: LayerKind, dtype: jnp.dtype, init: Initializer):
         assert config.latent is not None
         self.config, self.latent, self.kind, self.dtype = config, config.latent, kind, dtype
-        self.mask = Mask(causal=True, window=config.attention_window if kind.local else None)
+        self.mask = mask_of(config, kind)
         scaling = config.rope_scaling
         self.scale = self.latent.qk_head_dim**-0.5 * (1.0 if scaling is None else scaling.score_factor)
         d, h, std = config.d_model, config.n_heads, config.init_std
@@ -129,6 +129,7 @@ class LatentAttention(nnx.Module):
             checkpoint_name(kv_BTHX[..., n:], "v"),
             mask=self.mask,
             segments_BT=context.segments_BT,
+            prefix_BS=context.prefix_BS,
             softcap=self.config.attention_softcap,
             scale=self.scale,
             implementation=self.config.attention_implementation,
@@ -148,7 +149,11 @@ class LatentAttention(nnx.Module):
             s_BHTS = softcap * jnp.tanh(s_BHTS / softcap)
         T, S = s_BHTS.shape[2:]
         q_index_BT1 = jnp.arange(T)[None, :, None] + context.lengths_B[:, None, None]
-        allowed_BTS = self.mask.allows(q_index_BT1, jnp.arange(S)[None, None, :])
+        kv_index_11S = jnp.arange(S)[None, None, :]
+        allowed_BTS = self.mask.allows(q_index_BT1, kv_index_11S)
+        if context.prefix_BS is not None:
+            ahead_BTS = self.mask.both_ways.allows(q_index_BT1, kv_index_11S)
+            allowed_BTS = allowed_BTS | (context.prefix_BS[:, None, :] & ahead_BTS)
         p_BHTS = jax.nn.softmax(jnp.where(allowed_BTS[:, None], s_BHTS, -jnp.inf), axis=-1)
         o_BTHC = jnp.einsum("bhts,bsc->bthc", p_BHTS, cache.latent_BSC.astype(jnp.float32)).astype(self.dtype)
         return jnp.einsum("bthc,chw->bthw", o_BTHC, up_CHX[..., n:])

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from maxlm.data.sentence_pairs import FOLLOWS
 from maxlm.kernels.cross_entropy import cross_entropy, token_losses
 from maxlm.models.config import LossConfig
 from maxlm.models.moe_losses import Routings, counts_of, router_losses
@@ -15,22 +16,29 @@ from maxlm.models.transformer import Model, Params, Transformer
 Batch = dict[str, jax.Array]
 
 
-def next_token_loss(model: Model, params: Params, batch: Batch, loss: LossConfig) -> tuple[jax.Array, dict[str, Any]]:
+def next_token_loss(
+    model: Model, params: Params, batch: Batch, loss: LossConfig, noise_key: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, Any]]:
     """The summed loss of a batch's targets, whatever the objective (see `docs/architecture.md` for its arrays), and
     its parts, not normalised.
 
     Returns the scalar float32 sum over tokens of weight * (cross-entropy + z_loss * log-partition squared), and
     {"nll_sum": the cross-entropy part, "z_sum": the other}; where labels are smoothed, what that adds too. With
     `model.mtp_layers` the sum has besides, as "mtp_sum", mtp_weight times the modules' mean (arXiv:2412.19437, equation
-    25). A mixture of experts adds its routers' losses, each times its weight, and the parts "balance_sum",
-    "router_z_sum" and "routing" (see `moe_losses.py`).
+    25). Where a batch asks for next sentences there is "next_sentence_sum": each row's cross-entropy of that times the
+    weights of its targets, so that divided by all weights it is a mean. A mixture of experts adds its routers' losses,
+    each times its weight, and the parts "balance_sum", "router_z_sum" and "routing" (see `moe_losses.py`). `noise_key`
+    is for training: the noise of its routers.
     """
     module = model.bind(params)
-    x_BTD, routings = last_hidden(module, batch)
+    x_BTD, routings = last_hidden(module, batch, noise_key)
     total, parts = _head_loss(module, x_BTD, batch["targets"], batch["weights"], loss, z_loss=loss.z_loss)
     if model.config.mtp_layers:
-        mtp_sum, ahead = _mtp_loss(module, x_BTD, batch, loss)
+        mtp_sum, ahead = _mtp_loss(module, x_BTD, batch, loss, noise_key)
         total, parts, routings = total + mtp_sum, parts | {"mtp_sum": jax.lax.stop_gradient(mtp_sum)}, routings | ahead
+    if "next_sentence" in batch:
+        next_sum = _next_sentence_loss(module, x_BTD, batch)
+        total, parts = total + next_sum, parts | {"next_sentence_sum": jax.lax.stop_gradient(next_sum)}
     if (moe := model.config.moe) is None:
         return total, parts
     added = router_losses(moe, routings, batch["weights"])
@@ -41,16 +49,26 @@ def next_token_loss(model: Model, params: Params, batch: Batch, loss: LossConfig
     return total, {**parts, **jax.lax.stop_gradient(added), "routing": counts_of(routings)}
 
 
-def _mtp_loss(module: Transformer, x_BTD: jax.Array, batch: Batch, loss: LossConfig) -> tuple[jax.Array, Routings]:
+def _mtp_loss(
+    module: Transformer, x_BTD: jax.Array, batch: Batch, loss: LossConfig, noise_key: jax.Array | None
+) -> tuple[jax.Array, Routings]:
     """The weighed loss of the modules that predict further ahead, summed over tokens, and what their routers did."""
     n_ahead, targets_BT = module.config.mtp_layers, batch["targets"]
     tokens = [shifted(targets_BT, k) for k in range(n_ahead)]
-    streams, routings = module.ahead(x_BTD, tokens, batch["positions"], batch["segments"])
+    streams, routings = module.ahead(x_BTD, tokens, batch["positions"], batch["segments"], noise_key)
     sums = [
         _head_loss(module, stream, shifted(targets_BT, k), weights_ahead(batch, k), loss, z_loss=0.0)[0]
         for k, stream in enumerate(streams, start=1)
     ]
     return loss.mtp_weight / n_ahead * jnp.sum(jnp.stack(sums)), routings
+
+
+def _next_sentence_loss(module: Transformer, x_BTD: jax.Array, batch: Batch) -> jax.Array:
+    """The summed cross-entropy of whether a row's parts follow each other, of rows that ask, by their targets."""
+    asked_B = batch["next_sentence"][:, 0]
+    log_p_B2 = jax.nn.log_softmax(module.next_sentence(x_BTD), axis=-1)
+    nll_B = -jnp.where(asked_B == FOLLOWS, log_p_B2[:, 0], log_p_B2[:, 1])
+    return jnp.sum(jnp.where(asked_B > 0, nll_B * jnp.sum(batch["weights"], axis=1), 0.0))
 
 
 def weights_ahead(batch: Batch, k: int) -> jax.Array:
@@ -95,12 +113,18 @@ def token_negative_log_likelihoods(model: Model, params: Params, batch: Batch, l
     )
 
 
-def last_hidden(module: Transformer, batch: Batch) -> tuple[jax.Array, Routings]:
+def last_hidden(module: Transformer, batch: Batch, noise_key: jax.Array | None = None) -> tuple[jax.Array, Routings]:
     """The model's result `[B, T, D]` at the positions of a batch's targets, and what its routers did."""
     encoded = None
     if module.config.kind == "encoder_decoder":
         encoded = module.encode(batch["encoder_inputs"], batch["encoder_positions"], batch["encoder_segments"])
     types_BT = batch.get("token_types") if module.config.token_types else None
     return module.with_routing(
-        batch["inputs"], batch["positions"], batch["segments"], types_BT=types_BT, encoded=encoded
+        batch["inputs"],
+        batch["positions"],
+        batch["segments"],
+        types_BT=types_BT,
+        encoded=encoded,
+        prefix_BT=batch.get("prefix"),
+        noise_key=noise_key,
     )

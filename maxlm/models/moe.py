@@ -36,10 +36,12 @@ def moe_config(config: ModelConfig) -> MoEConfig:
 
 
 class Router(nnx.Module):
-    """Logits of all experts for each token, in float32; and the balancing bias, which is no part of them."""
+    """Logits of all experts for each token, in float32, with noise where there is a key for it; and the balancing bias,
+    which is no part of them."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
         moe = moe_config(config)
+        self.noise, self.noise_scale = moe.router_noise, moe.router_noise_scale or 0.0
         self.kernel = init.normal("kernel", (config.d_model, moe.n_experts), ("embed", "router"), config.init_std)
         if moe.router_bias:
             self.bias = init.full((moe.n_experts,), ("router",), 0.0)
@@ -48,10 +50,20 @@ class Router(nnx.Module):
             exact = Initializer(init.key, jnp.dtype(jnp.float32), init.path, init.layers)
             self.balance_bias = exact.full((moe.n_experts,), ("router",), 0.0)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, noise_key: jax.Array | None = None) -> jax.Array:
         """Logits `[B, T, E]`."""
-        logits_BTE = project(x_BTD.astype(jnp.float32), self.kernel, jnp.float32)
-        return logits_BTE + use(self.bias, jnp.float32) if hasattr(self, "bias") else logits_BTE
+        x_BTD = x_BTD.astype(jnp.float32)
+        if noise_key is not None and self.noise == "jitter":
+            sharding, low, high = jax.typeof(x_BTD).sharding, 1 - self.noise_scale, 1 + self.noise_scale
+            x_BTD = x_BTD * jax.random.uniform(noise_key, x_BTD.shape, minval=low, maxval=high, out_sharding=sharding)
+        logits_BTE = project(x_BTD, self.kernel, jnp.float32)
+        if hasattr(self, "bias"):
+            logits_BTE = logits_BTE + use(self.bias, jnp.float32)
+        if noise_key is not None and self.noise == "gaussian":
+            sharding = jax.typeof(logits_BTE).sharding
+            noise = jax.random.normal(noise_key, logits_BTE.shape, out_sharding=sharding)
+            logits_BTE = logits_BTE + self.noise_scale * noise
+        return logits_BTE
 
     @property
     def balance(self) -> jax.Array | None:
@@ -162,7 +174,7 @@ class MoE(nnx.Module):
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
         """The block's addition to the residual stream, and what the router did."""
         x_BTD = constrain(x_BTD, "batch", "length", "embed")
-        logits_BTE = self.router(x_BTD)
+        logits_BTE = self.router(x_BTD, context.noise_key)
         segments_BT = context.segments_BT
         valid_BT = jnp.ones_like(logits_BTE[..., 0], bool) if segments_BT is None else segments_BT > 0
         y_BTD, load_BE, dropped_B = self._routed(x_BTD, logits_BTE, valid_BT, context)

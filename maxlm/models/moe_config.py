@@ -45,6 +45,14 @@ class MoEConfig(Section):
         "of two (arXiv:2412.19437, 2.1.2)",
         ge=1,
     )
+    router_noise: Literal["none", "jitter", "gaussian"] = key(
+        "none",
+        "in training alone. jitter: the router's inputs are multiplied by even random numbers from 1 - "
+        "router_noise_scale to 1 + router_noise_scale (Switch, arXiv:2101.03961); gaussian: normal ones of that "
+        "deviation are added to its logits (V-MoE, arXiv:2106.05974, where it is 1 / n_experts). They follow from "
+        "train.seed, step, microbatch and layer",
+    )
+    router_noise_scale: float | None = key(None, "how strong router_noise is", gt=0)
     expert_bias: bool = key(False, "biases inside the routed experts")
     capacity_factor: float | None = key(
         None,
@@ -88,6 +96,17 @@ class MoEConfig(Section):
             )
         if self.router == "sigmoid" and self.n_groups == self.n_experts > 1:
             raise ValueError("n_groups = n_experts: router 'sigmoid' scores a group by two experts; take fewer groups")
+        return self
+
+    @model_validator(mode="after")
+    def _noise_has_a_scale(self) -> MoEConfig:
+        noise, scale = self.router_noise, self.router_noise_scale
+        if (noise == "none") != (scale is None):
+            raise ValueError(
+                f"router_noise = {noise!r} and router_noise_scale = {scale} go together; give both or none"
+            )
+        if noise == "jitter" and scale is not None and scale >= 1:
+            raise ValueError(f"router_noise_scale = {scale:g} must be less than 1 with router_noise = 'jitter'")
         return self
 
     @model_validator(mode="after")

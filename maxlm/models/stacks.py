@@ -16,7 +16,7 @@ class LayerKind(NamedTuple):
     """What makes one layer unlike another of the same model."""
 
     local: bool = False
-    """attention sees `attention_window` positions only"""
+    """attention sees a window or a chunk of positions only"""
     experts: bool = False
     """the feed-forward block is a mixture of experts"""
     causal: bool = True

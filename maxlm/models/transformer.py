@@ -138,11 +138,13 @@ class Transformer(nnx.Module):
         *,
         types_BT: jax.Array | None = None,
         encoded: Encoded | None = None,
+        prefix_BT: jax.Array | None = None,
     ) -> jax.Array:
         """The normed residual stream `[B, T, D]`; a token attends to tokens of its own segment, in a decoder to earlier
         ones. `types_BT`: of an encoder's tokens, all 0 unless given. `encoded`: for the decoder of an encoder-decoder,
-        with `segments_BT`."""
-        return self.with_routing(tokens_BT, positions_BT, segments_BT, types_BT=types_BT, encoded=encoded)[0]
+        with `segments_BT`. `prefix_BT` (bool): a decoder's tokens that those before them also see."""
+        given: dict[str, Any] = {"types_BT": types_BT, "encoded": encoded, "prefix_BT": prefix_BT}
+        return self.with_routing(tokens_BT, positions_BT, segments_BT, **given)[0]
 
     def with_routing(
         self,
@@ -152,9 +154,15 @@ class Transformer(nnx.Module):
         *,
         types_BT: jax.Array | None = None,
         encoded: Encoded | None = None,
+        prefix_BT: jax.Array | None = None,
+        noise_key: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Routing]]:
-        """The same, and by stack what the routers of its layers did; nothing of stacks without experts."""
-        x_BTD, _, routings = self._forward(tokens_BT, positions_BT, segments_BT, None, None, types_BT, encoded)
+        """The same, and by stack what the routers of its layers did; nothing of stacks without experts. `noise_key`:
+        for the noise of routers that have some in training; without one there is none."""
+        further = {"prefix_BS": prefix_BT, "noise_key": noise_key}
+        x_BTD, _, routings = self._forward(
+            tokens_BT, positions_BT, segments_BT, None, None, types_BT, encoded, **further
+        )
         return x_BTD, routings
 
     def ahead(
@@ -163,6 +171,7 @@ class Transformer(nnx.Module):
         tokens_BT: Sequence[jax.Array],
         positions_BT: jax.Array,
         segments_BT: jax.Array | None,
+        noise_key: jax.Array | None = None,
     ) -> tuple[list[jax.Array], dict[str, Routing]]:
         """What each module for further tokens gives the head, from what `__call__` gave and, for module k, the token
         that lies k ahead of each position; and by module (`mtp.0`) what its router did, if it has experts."""
@@ -170,6 +179,8 @@ class Transformer(nnx.Module):
         routings: dict[str, Routing] = {}
         for k, tokens in enumerate(tokens_BT):
             embedded_BTD = self.embedding(tokens, positions_BT, context)
+            if noise_key is not None:
+                context = context._replace(noise_key=jax.random.fold_in(noise_key, self.config.n_layers + k))
             x_BTD, routing = run_module(self.mtp[str(k)], x_BTD, embedded_BTD, context, self.config)
             found.append(x_BTD)
             if routing is not None:
@@ -199,11 +210,17 @@ class Transformer(nnx.Module):
         self.decoder = nnx.Dict({name: nnx.List(blocks) for name, blocks in layers.items()})
 
     def decode(
-        self, tokens_BT: jax.Array, caches: Caches, lengths_B: jax.Array, encoded: EncodedCache | None = None
+        self,
+        tokens_BT: jax.Array,
+        caches: Caches,
+        lengths_B: jax.Array,
+        encoded: EncodedCache | None = None,
+        prefix_BS: jax.Array | None = None,
     ) -> tuple[jax.Array, Caches]:
-        """The same for tokens that follow `lengths_B` cached ones in each row, and the caches with them written."""
+        """The same for tokens that follow `lengths_B` cached ones in each row, and the caches with them written.
+        `prefix_BS` (bool): cached positions, or some of these, that tokens before them also see."""
         positions_BT = lengths_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=lengths_B.dtype)[None, :]
-        return self._forward(tokens_BT, positions_BT, None, caches, lengths_B, None, encoded)[:2]
+        return self._forward(tokens_BT, positions_BT, None, caches, lengths_B, None, encoded, prefix_BS=prefix_BS)[:2]
 
     def head_input(self, x_BTD: jax.Array) -> jax.Array:
         """What the output projection is applied to, of the result of a call."""
@@ -220,10 +237,18 @@ class Transformer(nnx.Module):
         return (self.embedding.tokens if self.config.tied_embeddings else self.head.kernel)[...]
 
     def _forward(
-        self, tokens_BT, positions_BT, segments_BT, caches, lengths_B, types_BT, encoded: Encoded | EncodedCache | None
+        self,
+        tokens_BT,
+        positions_BT,
+        segments_BT,
+        caches,
+        lengths_B,
+        types_BT,
+        encoded: Encoded | EncodedCache | None,
+        **further: jax.Array | None,
     ) -> tuple[jax.Array, Any, Any]:
         side = "encoder" if self.config.kind == "encoder" else "decoder"
-        context = Context(*self._angles(positions_BT), segments_BT, lengths_B, self._bias(side))
+        context = Context(*self._angles(positions_BT), segments_BT, lengths_B, self._bias(side), **further)
         made: Mapping[str, LayerCache] | None = None
         if isinstance(encoded, Encoded):
             context = context._replace(encoded_BSD=encoded.x_BSD, encoded_segments_BS=encoded.segments_BS)

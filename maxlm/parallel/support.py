@@ -50,6 +50,21 @@ REFUSALS = (
         "set model.moe.balance_loss_over=sequence or train.accumulation=1",
     ),
     Refusal(
+        "data.objective.kind = 'prefix_lm' with model.mtp_layers",
+        "a module's keys of the prefix hold tokens behind it, which are to be predicted",
+        lambda config: config.data.objective.kind == "prefix_lm" and config.model.mtp_layers > 0,
+        "set model.mtp_layers=0",
+    ),
+    Refusal(
+        "data.objective.kind = 'prefix_lm' with model.positions of distances backwards (alibi, relative)",
+        "a decoder's have nothing to say of tokens ahead, which a prefix sees",
+        lambda config: (
+            config.data.objective.kind == "prefix_lm"
+            and config.model.positions not in ("rope", "learned", "sinusoidal")
+        ),
+        "set model.positions=rope",
+    ),
+    Refusal(
         "mesh.context > 1",
         "attention over pieces of a sequence is not there yet",
         lambda config: config.mesh.context != 1,

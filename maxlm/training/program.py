@@ -28,6 +28,10 @@ BATCH_ARRAYS = {
 }
 ENCODER_ARRAYS = {"encoder_inputs": jnp.int32, "encoder_segments": jnp.int32, "encoder_positions": jnp.int32}
 """what batches of encoder-decoders have besides"""
+PREFIX_ARRAYS = {"prefix": jnp.bool_}
+"""what those of prefix language models have besides"""
+PAIR_ARRAYS = {"token_types": jnp.int32, "next_sentence": jnp.int32}
+"""what those of pairs of sentences have besides"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Program:
         arrays = {name: (lengths.decoder, dtype) for name, dtype in BATCH_ARRAYS.items()}
         if self.config.model.kind == "encoder_decoder":
             arrays |= {name: (lengths.encoder, dtype) for name, dtype in ENCODER_ARRAYS.items()}
+        for further, there in ((PREFIX_ARRAYS, lengths.prefix), (PAIR_ARRAYS, self.config.objective.next_sentence)):
+            arrays |= {name: (lengths.decoder, dtype) for name, dtype in further.items() if there}
         return {
             name: jax.ShapeDtypeStruct((self.rows, length), dtype, sharding=self.batch_sharding)
             for name, (length, dtype) in arrays.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maxlm.models.config import LossConfig
+from maxlm.models.config import LossConfig, ModelConfig
 from maxlm.models.losses import Batch, next_token_loss
 from maxlm.models.moe_losses import rebalanced, routing_metrics
 from maxlm.models.transformer import Model, Params
@@ -36,11 +37,15 @@ def make_train_step(
     The loss is the mean over the batch's weighted targets, whatever the number of microbatches. A step whose loss or
     gradient norm is not finite or leaps (`SpikeConfig`) leaves parameters and optimizer as they were, is
     counted, and costs no host round trip. Metrics: loss (with z-loss), nll (without), grad_norm, learning_rate,
-    skipped_steps; and of a mixture of experts balance_loss, router_z_loss and those of `routing_metrics`.
+    skipped_steps; next_sentence_loss where that is asked for; and of a mixture of experts balance_loss, router_z_loss
+    and those of `routing_metrics`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        (loss, parts), grads = accumulated_gradients(model, state.params, batch, loss_config, train.accumulation)
+        noise_key = step_noise_key(model.config, train.seed, state.step)
+        (loss, parts), grads = accumulated_gradients(
+            model, state.params, batch, loss_config, train.accumulation, noise_key
+        )
         grads = reshard_tree(grads, placement.optimizer)
         grad_norm = global_norm(grads)
         accept, guard = watch(state.guard, loss, grad_norm, train.spike)
@@ -68,21 +73,36 @@ def make_train_step(
     return train_step
 
 
+def step_noise_key(config: ModelConfig, seed: int, step: jax.Array) -> jax.Array | None:
+    """What the noise of a step is made from, by the run's seed and the steps done alone; None for models without."""
+    if config.moe is None or config.moe.router_noise == "none":
+        return None
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"router noise")), step)
+
+
 def accumulated_gradients(
-    model: Model, params: Params, batch: Batch, loss_config: LossConfig, accumulation: int
+    model: Model,
+    params: Params,
+    batch: Batch,
+    loss_config: LossConfig,
+    accumulation: int,
+    noise_key: jax.Array | None = None,
 ) -> tuple[tuple[jax.Array, dict[str, Any]], Params]:
     """((loss, parts), gradients): means over the batch's weighted targets, one microbatch at a time in float32 sums.
 
     Parts are nll, and of a mixture of experts balance_loss and router_z_loss, and routing: sums (`moe_losses.Counts`).
 
-    Microbatch i takes every accumulation-th row, so that each device cuts its own rows and none travel.
+    Microbatch i takes every accumulation-th row, so that each device cuts its own rows and none travel. Each has its
+    own key for noise.
     """
     targets = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
 
-    def mean_loss(params: Params, micro: Batch):
-        total, parts = next_token_loss(model, params, micro, loss_config)
+    def mean_loss(params: Params, micro: Batch, noise_key: jax.Array | None):
+        total, parts = next_token_loss(model, params, micro, loss_config, noise_key)
         mean = total / targets
         found = {"nll": parts["nll_sum"] / targets}
+        if "next_sentence_sum" in parts:
+            found["next_sentence_loss"] = parts["next_sentence_sum"] / targets
         if "routing" in parts:
             found["balance_loss"] = parts["balance_sum"] / targets
             found["router_z_loss"] = parts["router_z_sum"] / targets
@@ -91,7 +111,7 @@ def accumulated_gradients(
 
     value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
     if accumulation == 1:
-        return value_and_grad(params, batch)
+        return value_and_grad(params, batch, noise_key)
 
     def split(x):
         rows = (x.shape[0] // accumulation, accumulation, *x.shape[1:])
@@ -99,10 +119,11 @@ def accumulated_gradients(
         return jnp.swapaxes(x, 0, 1)
 
     def add(total, micro):
-        return jax.tree.map(jnp.add, total, value_and_grad(params, micro)), None
+        return jax.tree.map(jnp.add, total, value_and_grad(params, *micro)), None
 
-    micros = jax.tree.map(split, batch)
-    sums = jax.eval_shape(mean_loss, params, jax.tree.map(lambda x: x[0], micros))
+    keys = None if noise_key is None else jax.random.split(noise_key, accumulation)
+    micros = jax.tree.map(split, batch), keys
+    sums = jax.eval_shape(mean_loss, params, *jax.tree.map(lambda x: x[0], micros))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
     zeros = zeros, jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
     return jax.lax.scan(add, zeros, micros)[0]

@@ -64,26 +64,60 @@ def test_sentinels_and_the_spans_behind_them_put_the_row_together_again(length):
         assert all(len(span) > 1 for span in behind.values())
 
 
+def test_a_documents_first_tokens_are_its_prefix_and_what_is_told_begins_behind_it():
+    windows = windows_of(2000, 40)
+    plain = make_batch(Objective(), windows, MARKS, draws(2000), np.full(2000, 30))
+    batch = make_batch(Objective("prefix_lm"), windows, MARKS, draws(2000), np.full(2000, 30))
+    for name in ("inputs", "targets", "segments", "positions"):
+        np.testing.assert_array_equal(batch[name], plain[name])
+    assert batch["prefix"].dtype == bool
+    counts = {1: np.zeros(9, int), 2: np.zeros(23, int)}
+    for row, segments in enumerate(batch["segments"]):
+        assert not batch["prefix"][row][segments == 0].any()
+        for segment, count in counts.items():
+            here = segments == segment
+            length, told = batch["prefix"][row][here].sum(), plain["weights"][row][here].sum()
+            assert batch["prefix"][row][here][:length].all()
+            first = np.arange(here.sum()) >= length - 1
+            np.testing.assert_array_equal(batch["weights"][row][here], plain["weights"][row][here] * first)
+            assert 1 <= length <= told
+            count[length] += 1
+    # Documents of 8 tokens, 7 of them told, and of 22, 21 told: every length is about equally frequent.
+    for count, told in zip(counts.values(), (7, 21), strict=True):
+        expected = 2000 / told
+        assert count[0] == count[told + 1 :].sum() == 0
+        assert np.abs(count[1 : told + 1] - expected).max() < 4 * expected**0.5
+
+
+def test_a_document_of_which_nothing_is_told_has_no_prefix():
+    windows = np.array([[BOS, 5, 6, EOS, BOS, EOS, BOS, 7]])
+    batch = make_batch(Objective("prefix_lm"), windows[:, :7], MARKS, draws(1))
+    assert batch["weights"][0, 5] == 0
+    alone = make_batch(Objective("prefix_lm"), windows[:, 3:7], MARKS, draws(1))
+    assert alone["segments"][0].tolist() == [1, 2, 2]
+    assert not alone["prefix"][0, 0]
+
+
 def test_t5s_rows_of_568_tokens_fill_512_of_the_encoder():
     """arXiv:1910.10683's code: 512 and 114 of 568; the decoder's are filled up to 128."""
     assert Objective("span_corruption").lengths(568) == (512, 128)
     assert sum(Objective("span_corruption").spans(568)) + 1 == 114
 
 
-@pytest.mark.parametrize("kind", ["mlm", "span_corruption"])
-def test_what_is_hidden_is_a_pure_function_of_seed_and_row(kind):
+@pytest.mark.parametrize("kind", ["prefix_lm", "mlm", "span_corruption"])
+def test_what_is_drawn_is_a_pure_function_of_seed_and_row(kind):
     how, windows = Objective(kind, special_id=99), np.repeat(windows_of(1, 64), 6, axis=0)
     batch = make_batch(how, windows, MARKS, draws(6))
     later = make_batch(how, windows[:2], MARKS, draws(2, first=4))
     for name, array in batch.items():
         np.testing.assert_array_equal(array[4:], later[name])
-    name = "weights" if kind == "mlm" else "encoder_inputs"
+    name = {"prefix_lm": "prefix", "mlm": "weights", "span_corruption": "encoder_inputs"}[kind]
     assert len({row.tobytes() for row in batch[name]}) == 6
     for other in (draws(6, seed=4), draws(6, stream=1)):
         assert not np.array_equal(batch[name], make_batch(how, windows, MARKS, other)[name])
 
 
-@pytest.mark.parametrize("kind", ["causal", "mlm", "span_corruption"])
+@pytest.mark.parametrize("kind", ["causal", "prefix_lm", "mlm", "span_corruption"])
 def test_bytes_are_those_of_the_tokens_to_be_told_and_padding_is_told_nowhere(kind):
     how, windows = Objective(kind, special_id=99), windows_of(3, 64)
     lengths = np.array([65, 30, 0])
@@ -100,6 +134,8 @@ def test_bytes_are_those_of_the_tokens_to_be_told_and_padding_is_told_nowhere(ki
     [
         ({"kind": "mlm"}, "decoder", "data.objective.kind = 'mlm' and model.kind = 'decoder'"),
         ({"kind": "causal"}, "encoder", "trained by 'mlm'"),
+        ({"kind": "prefix_lm"}, "encoder", "trained by 'mlm'"),
+        ({"kind": "prefix_lm", "mask_id": 3}, "decoder", "data.objective.mask_id is not of kind = 'prefix_lm'"),
         ({"mask_id": 300}, "encoder", "data.objective.mask_id = 300 is not under model.vocab_size = 300"),
         ({"mask_id": 3}, "encoder_decoder", "data.objective.mask_id is not of kind = 'span_corruption'"),
     ],

@@ -32,6 +32,10 @@ BRICKS = {
         **tiny.LLAMA, "attention_window": 6, "rope_fraction": 0.5,
         "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16}
     },
+    "chunks and global tokens": {
+        **tiny.LLAMA, "attention_chunk": 6, "attention_global_tokens": 2, "attention_pattern": ["local", "global"]
+    },
+    "latent attention in chunks": {**latents.LATENT, "attention_chunk": 6, "attention_global_tokens": 2},
     **{name: ours_dense.MODELS[name] for name in ("gemma2", "gemma3", "olmo2", "phi3", "opt", "bloom")},
     "latent attention": latents.LATENT,
     "latent attention, whole queries, YaRN on scores": latents.LATENT_LITE,
@@ -72,12 +76,12 @@ def prompts_of(lengths, vocab_size=300):
 def whole_forward():
     """Logits `[B, T, V]` of tokens, without a cache."""
 
-    def run(model, params, tokens):
+    def run(model, params, tokens, prefix=0):
         @jax.jit
         def forward(params, tokens_BT):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
             module = model.bind(params)
-            x_BTD = module(tokens_BT, positions_BT, None)
+            x_BTD = module(tokens_BT, positions_BT, None, prefix_BT=positions_BT < prefix if prefix else None)
             return logits(
                 x_BTD, module.head_weight(), vocab_size=model.config.vocab_size, softcap=model.config.logit_softcap
             )
@@ -154,6 +158,17 @@ def test_layers_taken_apart_give_the_same_tokens(name, monkeypatch):
         assert make() == stacked
     assert len(calls) == 1
     assert len(set(stacked[0])) > 4
+
+
+@pytest.mark.parametrize("bricks", ["llama", "latent attention"])
+def test_a_prompt_that_is_a_prefix_is_seen_both_ways(bricks, whole_forward):
+    model, params, mesh = set_up(BRICKS[bricks])
+    prompts, given = prompts_of([20, 3]), {"max_tokens": 4, "sampling": GREEDY, "eos_id": None, "seed": 0}
+    with jax.set_mesh(mesh):
+        found = generate(model, params, prompts, **given, prefix=True)
+        for prompt, tokens in zip(prompts, found, strict=True):
+            scores = whole_forward(model, params, [prompt + tokens], prefix=len(prompt))[0]
+            assert scores[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
 
 
 def test_long_prompts_go_in_by_pieces_and_give_the_same_tokens(monkeypatch):

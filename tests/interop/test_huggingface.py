@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from maxlm.config import load_config
@@ -222,6 +223,12 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_left(tmp_path, tokeni
     huge = jax.tree.map(lambda x: x * 1e6, loaded.params)
     with jax.set_mesh(loaded.mesh), pytest.raises(ConfigError, match=r"lm_head\.weight.*float16"):
         export_params(small.model, huge, tmp_path / "out", None, "float16")
+    config = tmp_path / "run" / "config.yaml"
+    tree = yaml.safe_load(config.read_text())
+    tree["data"]["objective"]["kind"] = "prefix_lm"
+    config.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=r"data\.objective\.kind = 'prefix_lm'.*from left to right"):
+        export_run(tmp_path / "run", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "run", "small"]
 
 

@@ -220,11 +220,27 @@ def test_parts_of_the_forward_pass_add_up_and_each_is_its_matmuls():
     assert parts.attention_scores == 4 * layers * h * k * 33 / 2
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, 31, 32, 33, 100])
-def test_scores_are_counted_by_the_pairs_that_the_mask_leaves(window):
-    config = ModelConfig(**tiny.LLAMA, attention_window=window)
-    pairs = Mask(causal=True, window=window).allows(np.arange(32)[:, None], np.arange(32)[None, :]).sum()
-    assert 32 * attended_positions(config, 32, local=window is not None) == pairs
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("window", "chunk", "n_global"),
+    [
+        *((window, None, 0) for window in (None, 1, 5, 31, 32, 33, 100)),
+        *((None, chunk, 0) for chunk in (1, 8, 13, 32, 40)),
+        *((5, None, 3), (None, 13, 3), (None, 13, 20), (5, 13, 1), (9, 4, 40)),
+    ],
+)
+def test_scores_are_counted_by_the_pairs_that_the_mask_leaves(window, chunk, n_global, causal):
+    local = {"attention_window": window, "attention_chunk": chunk, "attention_global_tokens": n_global}
+    config = ModelConfig(**tiny.LLAMA, **local, kind="decoder" if causal else "encoder")
+    q, k = np.arange(32)[:, None], np.arange(32)[None, :]
+    mask = Mask(causal=causal, window=window, chunk=chunk, global_tokens=n_global)
+    pairs = np.broadcast_to(mask.allows(q, k), (32, 32)).sum()
+    is_local = window is not None or chunk is not None
+    assert 32 * attended_positions(config, 32, local=is_local, causal=causal) == pairs
+    if causal:
+        of_prefixes = [mask.allows(q, k) | (mask.both_ways.allows(q, k) & (k < n)) for n in range(1, 33)]
+        expected = pytest.approx(np.mean(of_prefixes) * 32, rel=1e-12)
+        assert attended_positions(config, 32, local=is_local, prefix=True) == expected
     per_pair = 4 * config.n_layers * config.n_heads * config.head_width
     assert 32 * forward_flops(config, 32).attention_scores == pytest.approx(per_pair * pairs)
 

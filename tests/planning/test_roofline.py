@@ -49,7 +49,8 @@ MODELS = {
     "t5": tiny.T5,
     "bart": tiny.BART,
     "layers of two kinds": tiny.LLAMA
-    | {"n_kv_heads": 4, "n_layers": 5, "attention_window": 7, "attention_pattern": ("local", "global")},
+    | {"n_kv_heads": 4, "n_layers": 5, "attention_window": 7, "attention_pattern": ("local", "global")}
+    | {"attention_chunk": 12, "attention_global_tokens": 2},
     "gemma3": ours_dense.GEMMA3 | {"n_kv_heads": 4},
     "bloom": ours_dense.BLOOM | {"n_heads": 4, "n_kv_heads": 4},
     "opt, heads normed together, embeddings normed": ours_dense.OPT | {"qk_norm": "all", "embedding_norm": True},

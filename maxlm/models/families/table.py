@@ -48,7 +48,7 @@ BOOKKEEPING = frozenset(
 # `Family.mixed` says.
 NOT_OF_THE_WEIGHTS = (
     *("init_std", "residual_init_scaling", "remat", "attention_implementation", "attention_pattern"),
-    *("moe.balance_loss", "moe.balance_loss_over", "moe.z_loss"),
+    *("moe.balance_loss", "moe.balance_loss_over", "moe.z_loss", "moe.router_noise", "moe.router_noise_scale"),
 )
 
 
