@@ -85,7 +85,9 @@ class RowLengths(NamedTuple):
 def forward_flops(config: ModelConfig, seq_len: int, lengths: RowLengths | None = None) -> ForwardFlops:
     """Matmul FLOPs of training's forward pass for one token of a full row of `seq_len`, by part.
 
-    Scores and values take 2 FLOPs each for every pair of positions that the mask leaves, head and channel. `lengths`
+    Scores and values take 2 FLOPs each for every pair of positions that the mask leaves, head and channel; scores twice
+    where queries are multiplied by distances too. The projection of distances, once for all rows of a batch, does not
+    count (see `distance_flops`). `lengths`
     are what an encoder-decoder makes of such a row; both `seq_len` unless given. Modules that predict further ahead are
     layers like the last one, whose projections of two vectors to one count with the MLP's, and use the head again.
     """
@@ -98,10 +100,11 @@ def forward_flops(config: ModelConfig, seq_len: int, lengths: RowLengths | None 
         for kind in (*kinds, *kinds[-1:] * c.mtp_layers):
             pairs += share * attended_positions(c, length, local=kind.local, causal=kind.causal)
             pairs += share * lengths.encoder if kind.cross else 0
+    scored = 2 if c.positions == "transformer_xl" else 1
     head = c.vocab_size * c.d_model * (1 + c.mtp_layers) + (c.d_model**2 if c.head_transform else 0)
     return ForwardFlops(
         attention_projections=_product_flops(c, "attention", *shares),
-        attention_scores=2 * c.n_heads * (c.head_width + c.value_width) * pairs,
+        attention_scores=2 * c.n_heads * (scored * c.head_width + c.value_width) * pairs,
         mlp=_product_flops(c, "mlp", *shares),
         head=shares[1] * 2 * head,
     )
@@ -117,8 +120,20 @@ def training_flops_per_token(config: ModelConfig, seq_len: int, lengths: RowLeng
     return 3 * forward_flops_per_token(config, seq_len, lengths)
 
 
+def distance_flops(config: ModelConfig, seq_len: int) -> float:
+    """FLOPs of projecting the distances in rows of `seq_len`, of all layers: 0 where positions are not Transformer-XL's.
+
+    They are the same for every row, so however large the batch is, a device does them once.
+    """
+    return sum(
+        2 * math.prod(weight.shape) * n_distances(config, kind, seq_len)
+        for weight, kind in _weights_of_distances(config)
+    )
+
+
 def cache_bytes_per_token(config: ModelConfig, precision: PrecisionConfig) -> int:
-    """Bytes that decoding keeps for a token: keys and values of all layers, or their latents and the shared key."""
+    """Bytes that decoding keeps for a token: keys and values of all layers, or their latents and the shared key. What
+    all rows share, the projected distances of Transformer-XL's positions, is not a token's."""
     width = 2 * config.kv_heads * config.head_width if config.latent is None else config.latent.cached_width
     return config.n_layers * width * {"float32": 4, "bfloat16": 2}[precision.compute]
 
