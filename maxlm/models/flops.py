@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from maxlm.models.config import ModelConfig, PrecisionConfig
+from maxlm.models.stacks import LayerKind
 from maxlm.models.weights import weights_of
 
 
@@ -120,15 +121,19 @@ def training_flops_per_token(config: ModelConfig, seq_len: int, lengths: RowLeng
     return 3 * forward_flops_per_token(config, seq_len, lengths)
 
 
-def distance_flops(config: ModelConfig, seq_len: int) -> float:
-    """FLOPs of projecting the distances in rows of `seq_len`, of all layers: 0 where positions are not Transformer-XL's.
+def n_distances(config: ModelConfig, kind: LayerKind, seq_len: int) -> int:
+    """How many distances between query and key a layer projects; 0 where positions are not Transformer-XL's."""
+    if config.positions != "transformer_xl":
+        return 0
+    behind = min(config.attention_window or seq_len, seq_len) if kind.local else seq_len
+    return behind if kind.causal else 2 * behind - 1
 
-    They are the same for every row, so however large the batch is, a device does them once.
-    """
-    return sum(
-        2 * math.prod(weight.shape) * n_distances(config, kind, seq_len)
-        for weight, kind in _weights_of_distances(config)
-    )
+
+def distance_flops(config: ModelConfig, seq_len: int) -> int:
+    """FLOPs of a forward pass's projections of distances in all layers, which do not depend on the number of rows."""
+    kinds = (*config.layer_kinds, *config.layer_kinds[-1:] * config.mtp_layers)
+    inner = config.n_heads * config.head_width
+    return sum(2 * config.d_model * inner * n_distances(config, kind, seq_len) for kind in kinds)
 
 
 def cache_bytes_per_token(config: ModelConfig, precision: PrecisionConfig) -> int:
