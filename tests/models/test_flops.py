@@ -32,6 +32,7 @@ VARIANTS = {
     "t5": tiny.T5,
     "bart": tiny.BART,
     "the original Transformer, untied": {**tiny.TRANSFORMER, "tied_embeddings": False},
+    "gopher, with a module ahead": {**tiny.GOPHER, "mtp_layers": 1},
     "norms of sums": {**tiny.GPT2, "norm_placement": "post"},
     "experts in every second layer": tiny_moe.QWEN3_MOE,
     "shared experts and a balancing bias": tiny_moe.DEEPSEEK,

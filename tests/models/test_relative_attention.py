@@ -13,12 +13,21 @@ from flax import nnx
 
 from maxlm.kernels import attention as kernel
 from maxlm.models.attention import Context
-from maxlm.models.config import ModelConfig
+from maxlm.models.block import remat_policy
+from maxlm.models.config import ModelConfig, RematConfig
 from maxlm.models.layers import Initializer
 from maxlm.models.positions import distance_sinusoids
 from maxlm.models.relative_attention import RelativeAttention
 from maxlm.models.stacks import LayerKind
 from tests.kernels import truth
+
+
+POLICIES = (
+    RematConfig(policy="full"),
+    RematConfig(policy="names", names=("r", "flash_out", "flash_lse")),
+    RematConfig(policy="dots"),
+    RematConfig(policy="none"),
+)
 
 
 class Case(NamedTuple):
@@ -31,6 +40,10 @@ class Case(NamedTuple):
     window: int | None
     segments: bool
     implementation: str
+    remat: RematConfig
+
+    def __str__(self) -> str:
+        return "-".join(map(str, (*self[:-1], self.remat.policy)))
 
 
 def generated_cases(n: int) -> list[Case]:
@@ -44,7 +57,7 @@ def generated_cases(n: int) -> list[Case]:
         Case(
             B=one((1, 2)), T=(33, 17, 40, 1, 20)[i], D=one((6, 16)), heads=one(((2, 2), (4, 2), (3, 1))), K=one((4, 5)),
             causal=i % 3 != 1, window=(None, 9)[i % 2], segments=i > 1,
-            implementation="reference" if i % 5 == 4 else "chunked",
+            implementation="reference" if i % 5 == 4 else "chunked", remat=POLICIES[i % 4],
         )
         for i in range(n)
     ]  # fmt: skip
@@ -103,7 +116,7 @@ def as_plain_attention(case: Case, x, p, dy, allowed) -> tuple[np.ndarray, dict[
 
 
 @pytest.mark.parametrize("case", generated_cases(5), ids=str)
-def test_result_and_gradients_are_those_of_the_papers_equation(case: Case, monkeypatch: pytest.MonkeyPatch):
+def test_result_and_gradients_are_those_of_the_papers_equation_under_each_remat_policy(case: Case, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernel, "CPU_TILE", 16)
     config = ModelConfig(
         vocab_size=8, n_layers=1, d_model=case.D, n_heads=case.heads[0], n_kv_heads=case.heads[1], head_dim=case.K,
@@ -127,7 +140,10 @@ def test_result_and_gradients_are_those_of_the_papers_equation(case: Case, monke
 
         @jax.jit
         def run(params, x, dy):
-            y, pull_back = jax.vjp(lambda params: nnx.merge(graph, params)(x, context, None)[0], params)
+            def forward(params):
+                return nnx.merge(graph, params)(x, context, None)[0]
+
+            y, pull_back = jax.vjp(jax.checkpoint(forward, policy=remat_policy(case.remat)), params)
             return y, pull_back(dy)[0]
 
         y, found = run(params, x, dy)
