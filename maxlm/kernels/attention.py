@@ -61,8 +61,8 @@ def attention(
     cache, and always runs the reference. Backward of the chunked implementation needs what is named `flash_out` and
     `flash_lse`, for remat policies that save by name.
 
-    Returns `[B, T, H, V]` in q's dtype, differentiable in q, k, v, sinks and the arrays of bias and relative. Raises ValueError on
-    shapes that do not fit or an unknown implementation.
+    Returns `[B, T, H, V]` in q's dtype, differentiable in q, k, v, sinks and the arrays of bias and relative.
+    Raises ValueError on shapes that do not fit or an unknown implementation.
     """
     own_segments = kv_segments_BS is None or kv_segments_BS is segments_BT
     if segments_BT is not None and kv_segments_BS is None:

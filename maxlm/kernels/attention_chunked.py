@@ -376,16 +376,12 @@ def _add_position_gradients(found: _Positions, positions: _Positions, ds, row, c
 
 
 def _relative_gradient(relative: Relative, found: _Positions, shape: _Shape) -> Relative:
-    """From tiles and diagonals to the arrays as they were given, those of distances over all devices that share them."""
+    """From tiles and diagonals to the arrays as they were given, that of distances over all devices that share it."""
     r = relative.r_LHK
     varying = r.astype(jnp.float32) + manual.zeros(r.shape, jnp.float32, found.r_DHK, r)
-    _, pull_back = jax.vjp(
-        lambda r: at_distances(r, relative.behind, shape.first_distance, shape.n_diagonals), varying
-    )
+    _, pull_back = jax.vjp(lambda r: at_distances(r, relative.behind, shape.first_distance, shape.n_diagonals), varying)
     (dr,) = manual.total(pull_back(found.r_DHK), mesh_axes("batch"))
-    return replace(
-        relative, q_BTHK=shape.untile_q(found.q.astype(relative.q_BTHK.dtype)), r_LHK=dr.astype(r.dtype)
-    )
+    return replace(relative, q_BTHK=shape.untile_q(found.q.astype(relative.q_BTHK.dtype)), r_LHK=dr.astype(r.dtype))
 
 
 def _bias_gradient(bias: Bias, dbias_HD: jax.Array, distances_D: jax.Array) -> Bias:

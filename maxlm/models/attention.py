@@ -128,6 +128,7 @@ class Attention(nnx.Module):
             q_offset_B=context.lengths_B,
             implementation=self.config.attention_implementation,
         )
+
     def _project(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
         q_BTHK = project(x_BTD, self.q, self.dtype)
         k_BTGK = project(x_BTD, self.k, self.dtype)

@@ -343,7 +343,9 @@ class ModelConfig(Section):
         if self.positions in ("sinusoidal", "transformer_xl") and self.d_model % 2:
             raise ValueError(f"d_model = {self.d_model} is odd, and half of it are sines of positions, half cosines")
         if self.kind == "encoder_decoder" and self.positions == "transformer_xl":
-            raise ValueError("positions = 'transformer_xl' does not go with kind = 'encoder_decoder'; choose 'relative'")
+            raise ValueError(
+                "positions = 'transformer_xl' does not go with kind = 'encoder_decoder'; choose 'relative'"
+            )
         buckets, farthest = self.relative_buckets, self.relative_max_distance
         if self.positions == "relative" and (buckets % 4 or farthest <= buckets // 2):
             raise ValueError(

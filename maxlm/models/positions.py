@@ -116,8 +116,8 @@ def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
 
 
 def distance_sinusoids(length: int, width: int, dtype: jnp.dtype, *, causal: bool) -> jax.Array:
-    """The same of every distance `query - key` in rows of `length`, `[L, width]`: from the farthest key behind the query
-    to itself, or, where keys may lie ahead, to the farthest of those (Transformer-XL, arXiv:1901.02860, section 3.3)."""
+    """The same of every distance `query - key` in rows of `length`, `[L, width]` (Transformer-XL, arXiv:1901.02860,
+    section 3.3): from the farthest key behind the query to itself, or, where not causal, to the farthest ahead."""
     distance_L = length - 1 - jnp.arange(length if causal else 2 * length - 1, dtype=jnp.int32)
     return sinusoids(distance_L[None], width)[0].astype(dtype)
 

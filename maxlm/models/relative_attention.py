@@ -49,7 +49,8 @@ class RelativeAttention(Attention):
         graph, stacked = nnx.split(self)
         table_LD = distance_sinusoids(length, self.config.d_model, self.dtype, causal=self.kind.causal)
         r_LHK = jax.lax.map(lambda params: nnx.merge(graph, params)._projected(table_LD), stacked)
-        return RelativeCache(*super().empty_cache(layers, batch, length), r_LHK)
+        empty = super().empty_cache(layers, batch, length)
+        return RelativeCache(empty.k_BSGK, empty.v_BSGK, r_LHK)
 
     def _attend(
         self,

@@ -46,7 +46,12 @@ class Case:
         mask = (
             f"{'causal' if self.mask.causal else 'both'}-{self.mask.window}-{self.mask.chunk}-{self.mask.global_tokens}"
         )
-        extras = "segments-" * self.segments + "prefix-" * self.prefix + "sinks-" * self.sinks + f"{self.bias}-{self.relative}"
+        extras = (
+            "segments-" * self.segments
+            + "prefix-" * self.prefix
+            + "sinks-" * self.sinks
+            + f"{self.bias}-{self.relative}"
+        )
         return f"{self.implementation}-{sizes}-{mask}-{extras}-cap{self.softcap}-{self.dtype}"
 
 
@@ -301,7 +306,9 @@ def test_the_tpu_kernel_on_a_mesh_sums_the_gradient_of_sinks():
 
 
 def test_the_tpu_kernel_gives_zero_to_a_query_whose_segment_has_no_keys():
-    case = Case((2, 256, 128, 64, 64), (2, 1), Mask(False), True, False, False, None, None, None, "float32", "pallas", 2)
+    case = Case(
+        (2, 256, 128, 64, 64), (2, 1), Mask(False), True, False, False, None, None, None, "float32", "pallas", 2
+    )
     arrays, extras = inputs(case)
     assert not np.isin(np.asarray(extras["segments_BT"]), np.asarray(extras["kv_segments_BS"])).all()
     got = output_and_gradients(arrays, extras, mask=case.mask, implementation="pallas")

@@ -63,8 +63,8 @@ def attention(q, k, v, do, allowed_BTS, scale: float, softcap: float | None) -> 
 def attention_with(
     q, k, v, do, allowed_BTS, scale: float, softcap: float | None, sinks_H=None, bias_HTS=None, products_BHTS=None
 ) -> tuple[np.ndarray, ...]:
-    """The output and the gradients of q, k, v, the sinks, the bias (`[H, T, S]`, over all rows), and of what is added to
-    the products of q and k."""
+    """The output and the gradients of q, k, v, the sinks, the bias (`[H, T, S]`, over all rows), and of what is added
+    to the products of q and k."""
     q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
     B, T, H, K = q.shape
     S, G = k.shape[1:3]

@@ -10,17 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from pydantic import ValidationError
 
 from maxlm.kernels import attention as kernel
 from maxlm.models.attention import Context
 from maxlm.models.block import remat_policy
 from maxlm.models.config import ModelConfig, RematConfig
+from maxlm.models.families import FAMILIES
 from maxlm.models.layers import Initializer
 from maxlm.models.positions import distance_sinusoids
 from maxlm.models.relative_attention import RelativeAttention
 from maxlm.models.stacks import LayerKind
+from tests import tiny, tiny_moe
 from tests.kernels import truth
-
 
 POLICIES = (
     RematConfig(policy="full"),
@@ -116,7 +118,9 @@ def as_plain_attention(case: Case, x, p, dy, allowed) -> tuple[np.ndarray, dict[
 
 
 @pytest.mark.parametrize("case", generated_cases(5), ids=str)
-def test_result_and_gradients_are_those_of_the_papers_equation_under_each_remat_policy(case: Case, monkeypatch: pytest.MonkeyPatch):
+def test_result_and_gradients_are_those_of_the_papers_equation_under_each_remat_policy(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(kernel, "CPU_TILE", 16)
     config = ModelConfig(
         vocab_size=8, n_layers=1, d_model=case.D, n_heads=case.heads[0], n_kv_heads=case.heads[1], head_dim=case.K,
@@ -131,7 +135,9 @@ def test_result_and_gradients_are_those_of_the_papers_equation_under_each_remat_
         segments[:, case.T - case.T // 5 :] = 0
     with jax.set_mesh(truth.mesh_of()):
         kind = LayerKind(local=case.window is not None, causal=case.causal)
-        layer = RelativeAttention(config, kind, jnp.dtype("float32"), Initializer(jax.random.key(0), jnp.dtype("float32")))
+        layer = RelativeAttention(
+            config, kind, jnp.dtype("float32"), Initializer(jax.random.key(0), jnp.dtype("float32"))
+        )
         graph, state = nnx.split(layer)
         shapes = nnx.to_pure_dict(state)
         params = {name: rng.normal(0, 0.4, one.shape).astype(np.float32) for name, one in shapes.items()}
@@ -158,3 +164,22 @@ def test_result_and_gradients_are_those_of_the_papers_equation_under_each_remat_
     assert set(found) == set(gradients)
     for name, gradient in gradients.items():
         truth.assert_close(found[name], gradient, truth.FLOAT32_TOLERANCE, name, least_scale=1.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_no_public_family_has_these_positions_and_each_says_so(family):
+    config = ModelConfig(**(tiny_moe.MIXTRAL if family.has_experts else tiny.LLAMA), positions="transformer_xl")
+    assert any("model.positions = 'transformer_xl'" in wrong for wrong in family.misfits_of(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "encoder_decoder"}, "positions = 'transformer_xl' does not go with kind = 'encoder_decoder'"),
+        ({"d_model": 63, "head_dim": 16}, "d_model = 63 is odd"),
+        ({"rope_fraction": 0.5}, "rope_fraction is given"),
+    ],
+)
+def test_settings_that_do_not_go_with_these_positions_are_refused_by_name(change, message):
+    with pytest.raises(ValidationError, match=message):
+        ModelConfig(**{**tiny.GOPHER, **change})

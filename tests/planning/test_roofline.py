@@ -169,6 +169,21 @@ def test_flops_are_those_of_the_program_that_the_compiler_is_given(model, remat,
     assert flops_of_products(lowered.as_text(dialect="hlo")) == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_distances_are_projected_once_for_all_rows(remat):
+    """Forward, made again or not, and one product of the backward pass: distances have no gradient."""
+    shape = tiny.GOPHER | {"vocab_size": 384, "attention_implementation": "reference", "remat": {"policy": remat}}
+    found = {}
+    for rows in (1, 4):
+        run = tiny.config(model=shape, mesh={"fsdp": 1}, train={"global_batch_tokens": 32 * rows})
+        lowered, _ = lower_on(run, jax.devices()[:1])
+        plan = roofline(run, parse_topology("v5e:1x1"), resolve_sizes(run.mesh, 1))
+        found[rows] = flops_of_products(lowered.as_text(dialect="hlo")), part(plan, "distance projections").flops
+    assert found[1][1] == found[4][1] == (3 if remat == "full" else 2) * 3 * 2 * 32 * 64 * 64
+    # What does not grow with the rows.
+    assert (4 * found[1][0] - found[4][0]) / 3 == pytest.approx(found[1][1], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("remat", "recomputed"),
     [
