@@ -308,7 +308,7 @@ def test_the_promised_presets_are_there():
     promised = {"quickstart", "gpt2-124m", "llama3-8b", "llama3-70b", "chinchilla-70b", *SINGLE_MACHINE}
     promised |= {"llama3.1-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b", "pythia-6.9b"}
     promised |= {"gemma2-9b", "gemma2-27b", "gemma3-4b", "gemma3-27b", "olmo2-7b", "phi3-mini"}
-    promised |= {"opt-6.7b", "bloom-176b", "gpt3-175b"}
+    promised |= {"opt-6.7b", "bloom-176b", "gpt3-175b", "gopher-280b"}
     promised |= {"mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b", "gpt-oss-120b"}
     assert promised <= set(preset_names())
 

@@ -34,6 +34,10 @@ GPT_NEOX = {
     "tied_embeddings": False,
 }
 
+GOPHER = {
+    **LLAMA, "n_kv_heads": 4, "positions": "transformer_xl", "mlp": "gelu", "tied_embeddings": True,
+}  # fmt: skip
+
 BERT = {
     **GPT2, "kind": "encoder", "norm_placement": "post", "embedding_norm": True, "token_types": 2, "mlp": "gelu_exact",
     "head_transform": True, "head_bias": True,

@@ -208,7 +208,7 @@ def prefill(
         return (caches, pick(constrain(x_BTD, "batch", "length", "embed"), last_B1D, start, lengths_B)), None
 
     last_B1D = constrain(jnp.zeros((B, 1, model.config.d_model), module.dtype), "batch", "length", "embed")
-    carry = (model.empty_caches(B, space), last_B1D)
+    carry = (module.empty_caches(B, space), last_B1D)
     (caches, last_B1D), _ = jax.lax.scan(one_piece, carry, jnp.arange(0, T, piece, dtype=jnp.int32))
     return next_logits(module, last_B1D), caches
 

@@ -17,6 +17,7 @@ from maxlm.kernels.attention_bias import Bias
 from maxlm.kernels.attention_chunked import Chunking
 from maxlm.kernels.attention_extras import Extras
 from maxlm.kernels.attention_reference import attention_reference
+from maxlm.kernels.attention_relative import Relative
 from maxlm.kernels.manual import bring, on_each_device, platform
 from maxlm.kernels.masks import Mask
 from maxlm.parallel.axes import activation_spec
@@ -39,6 +40,7 @@ def attention(
     prefix_BS: jax.Array | None = None,
     sinks_H: jax.Array | None = None,
     bias: Bias | None = None,
+    relative: Relative | None = None,
     softcap: float | None = None,
     scale: float | None = None,
     q_offset_B: jax.Array | None = None,
@@ -49,8 +51,8 @@ def attention(
     Each of the G key and value heads serves H / G query heads in order (arXiv:2305.13245). A query attends to keys
     that `mask` allows and, with segments, that have its own segment number, which is not 0. Queries with nothing to
     attend to give 0. Scores are `softcap * tanh(scale q.k / softcap)` (arXiv:2408.00118), scale 1 / sqrt(K) unless
-    given, plus `bias` at the distance of key and query in their rows. Softmax and sums are in float32 whatever the
-    dtypes.
+    given, plus `bias` at the distance of key and query in their rows; with `relative`, its product of query and
+    distance is added to q.k (Transformer-XL). Softmax and sums are in float32 whatever the dtypes.
 
     `kv_segments_BS` is `segments_BT` unless given. `prefix_BS` (bool) marks keys that may lie after the query: for
     them the mask counts without its causal part (prefix language models, arXiv:1910.10683, section 3.2.1). `sinks_H`
@@ -59,13 +61,13 @@ def attention(
     cache, and always runs the reference. Backward of the chunked implementation needs what is named `flash_out` and
     `flash_lse`, for remat policies that save by name.
 
-    Returns `[B, T, H, V]` in q's dtype, differentiable in q, k, v, sinks and the bias's array. Raises ValueError on
-    shapes that do not fit or an unknown implementation.
+    Returns `[B, T, H, V]` in q's dtype, differentiable in q, k, v, sinks and the arrays of bias and relative.
+    Raises ValueError on shapes that do not fit or an unknown implementation.
     """
     own_segments = kv_segments_BS is None or kv_segments_BS is segments_BT
     if segments_BT is not None and kv_segments_BS is None:
         kv_segments_BS = segments_BT
-    extras = Extras(segments_BT, kv_segments_BS, prefix_BS, sinks_H, bias)
+    extras = Extras(segments_BT, kv_segments_BS, prefix_BS, sinks_H, bias, relative)
     _check(q_BTHK, k_BSGK, v_BSGV, extras)
     factor: float = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     q_BTHK = bring(q_BTHK, activation_spec("batch", "length", "heads", None))
@@ -134,10 +136,10 @@ def _chunked_forward(q, k, v, extras: Extras, how: Chunking):
 def _chunked_backward(how: Chunking, residuals, do):
     q_spec, kv_spec, _, specs = _specs(residuals[3])
     in_specs = (q_spec, kv_spec, kv_spec, specs, q_spec, activation_spec("batch", "length", "heads"), q_spec)
-    out_specs = (q_spec, kv_spec, kv_spec, specs.sinks_H, specs.bias)
+    out_specs = (q_spec, kv_spec, kv_spec, specs.sinks_H, specs.bias, specs.relative)
     run = on_each_device(partial(attention_chunked.backward, how=how), in_specs, out_specs)
-    dq, dk, dv, dsinks, dbias = run(*residuals, bring(do, q_spec))
-    return dq, dk, dv, Extras(sinks_H=dsinks, bias=dbias)
+    dq, dk, dv, dsinks, dbias, drelative = run(*residuals, bring(do, q_spec))
+    return dq, dk, dv, Extras(sinks_H=dsinks, bias=dbias, relative=drelative)
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

@@ -12,7 +12,7 @@ Shape letters as in `attention_reference.py`; tq and tk are the lengths of a til
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ import numpy as np
 from maxlm.kernels import manual
 from maxlm.kernels.attention_bias import Bias, diagonal_sums, spread_over_diagonals
 from maxlm.kernels.attention_extras import Extras
+from maxlm.kernels.attention_relative import Relative, at_distances, by_distance, under_keys
 from maxlm.kernels.masks import Mask, Tile, TileKind
 from maxlm.parallel.axes import mesh_axes
 
@@ -89,8 +90,9 @@ def backward(
     do_BTHV: jax.Array,
     *,
     how: Chunking,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, Bias | None]:
-    """Gradients of q, k, v, sinks and bias, in their dtypes, accumulated in float32; the last two over all devices."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, Bias | None, Relative | None]:
+    """Gradients of q, k, v, sinks, bias and relative, in their dtypes, accumulated in float32; of what all rows share,
+    over all devices."""
     shape = _Shape.of(q_BTHK, k_BSGK, v_BSGV, how)
     q, k, v = shape.tile_q(q_BTHK), shape.tile_kv(k_BSGK), shape.tile_kv(v_BSGV)
     given = _Given.of(extras, shape)
@@ -101,7 +103,7 @@ def backward(
 
     def body(masked: bool, carry, tile):
         row, column = tile
-        dq, dk, dv, dbias = carry
+        dq, dk, dv, dbias, dpositions = carry
         k_tile, v_tile, q_tile, do_tile = _get(k, column), _get(v, column), _get(q, row), _get(do, row)
         s, capped = _scores(q, k, given, row, column, masked, shape, how, keys_first=True)
         p = jnp.exp(s - _get(lse, row)[:, None])
@@ -114,20 +116,26 @@ def backward(
         dq = _set(dq, row, _get(dq, row) + _dot(k_tile, ds, "nsk,nst->nkt"))
         dk = _set(dk, column, _get(dk, column) + _dot(ds, q_tile, "nst,ntk->nsk"))
         dv = _set(dv, column, _get(dv, column) + _dot(p, do_tile, "nst,ntv->nsv"))
-        return (dq, dk, dv, dbias), None
+        if given.positions is not None and dpositions is not None:
+            dpositions = _add_position_gradients(dpositions, given.positions, ds, row, column, shape)
+        return (dq, dk, dv, dbias, dpositions), None
 
     # Scores stand keys first and dq lies transposed: then no product contracts the first axis of a tile of scores,
     # which is slow on a CPU (backward takes about half the time; docs/performance-log.md).
     shapes = (q.swapaxes(-1, -2).shape, k.shape, v.shape)
     dbias = None if given.bias_HD is None else _filled(q_BTHK, given.bias_HD.shape, 0.0)
-    carry = (*(_filled(q_BTHK, part, 0.0) for part in shapes), dbias)
-    dq, dk, dv, dbias = _scan_tiles(body, carry, shape, how, given)
+    dpositions = None
+    if given.positions is not None:
+        dpositions = _Positions(*(_filled(q_BTHK, part.shape, 0.0) for part in given.positions))
+    carry = (*(_filled(q_BTHK, part, 0.0) for part in shapes), dbias, dpositions)
+    dq, dk, dv, dbias, dpositions = _scan_tiles(body, carry, shape, how, given)
     return (
         shape.untile_q(dq.swapaxes(-1, -2).astype(q_BTHK.dtype)),
         shape.untile_kv(dk.astype(k_BSGK.dtype)),
         shape.untile_kv(dv.astype(v_BSGV.dtype)),
         None if extras.sinks_H is None else _sinks_gradient(extras.sinks_H, lse_BTH, delta_BTH),
         None if extras.bias is None else _bias_gradient(extras.bias, dbias, shape.distances()),
+        None if extras.relative is None else _relative_gradient(extras.relative, dpositions, shape),
     )
 
 
@@ -194,13 +202,35 @@ class _Shape:
         """The same with its keys first."""
         return self.B, self.G, self.tk, self.R, self.tq
 
+    @property
+    def n_diagonals(self) -> int:
+        """One more than the padded score matrix has."""
+        return self.n_q * self.tq + self.n_kv * self.tk
+
+    @property
+    def first_distance(self) -> int:
+        """`kv_index - q_index` of its lower left corner."""
+        return 1 - self.n_q * self.tq
+
     def distances(self) -> jax.Array:
         """`kv_index - q_index` of every diagonal of the padded score matrix, from the lower left corner on."""
-        return jnp.arange(self.n_q * self.tq + self.n_kv * self.tk, dtype=jnp.int32) - (self.n_q * self.tq - 1)
+        return jnp.arange(self.n_diagonals, dtype=jnp.int32) + self.first_distance
 
     def diagonal(self, row: jax.Array, column: jax.Array) -> jax.Array:
         """The place among `distances` of a tile's lower left corner."""
         return column * self.tk + (self.n_q - 1 - row) * self.tq
+
+
+class _Positions(NamedTuple):
+    """A call's `Relative`: its queries in tiles, and the vector of each of `_Shape.distances`."""
+
+    q: jax.Array
+    r_DHK: jax.Array
+
+    @classmethod
+    def of(cls, relative: Relative, shape: _Shape) -> _Positions:
+        r_DHK = at_distances(relative.r_LHK, relative.behind, shape.first_distance, shape.n_diagonals)
+        return cls(shape.tile_q(relative.q_BTHK), r_DHK)
 
 
 class _Given(NamedTuple):
@@ -209,6 +239,7 @@ class _Given(NamedTuple):
     segments: tuple[jax.Array, jax.Array] | None
     prefix: jax.Array | None
     bias_HD: jax.Array | None
+    positions: _Positions | None
 
     @classmethod
     def of(cls, extras: Extras, shape: _Shape) -> _Given:
@@ -216,6 +247,7 @@ class _Given(NamedTuple):
             shape.tile_segments(extras.segments_BT, extras.kv_segments_BS),
             None if extras.prefix_BS is None else shape.tile_rows(extras.prefix_BS, shape.n_kv, shape.tk),
             None if extras.bias is None else extras.bias.of(shape.distances()),
+            None if extras.relative is None else _Positions.of(extras.relative, shape),
         )
 
 
@@ -250,11 +282,16 @@ def _scores(
     With it the same scores before bias and mask.
     """
     q_tile, k_tile = _get(q, row), _get(k, column)
-    s = how.scale * (_dot(k_tile, q_tile, "nsk,ntk->nst") if keys_first else _dot(q_tile, k_tile, "ntk,nsk->nts"))
+    tiled = shape.keys_first if keys_first else shape.q_first
+    s = _dot(k_tile, q_tile, "nsk,ntk->nst") if keys_first else _dot(q_tile, k_tile, "ntk,nsk->nts")
+    if given.positions is not None:
+        by_position = _position_scores(given.positions, row, column, shape)
+        by_position = by_position.transpose(0, 1, 4, 2, 3) if keys_first else by_position
+        s = (s.reshape(tiled) + by_position).reshape(s.shape)
+    s = how.scale * s
     if how.softcap is not None:
         s = how.softcap * jnp.tanh(s / how.softcap)
     capped = s
-    tiled = shape.keys_first if keys_first else shape.q_first
     if given.bias_HD is not None:
         lines_HL = jax.lax.dynamic_slice_in_dim(given.bias_HD, shape.diagonal(row, column), shape.tq + shape.tk, axis=1)
         bias = spread_over_diagonals(lines_HL, shape.tq).reshape(shape.q_first[1:])
@@ -265,6 +302,18 @@ def _scores(
     allowed = _allowed(given, row, column, shape, how.mask)
     allowed = allowed.swapaxes(1, 2)[:, None, :, None] if keys_first else allowed[:, None, None]
     return jnp.where(allowed, s.reshape(tiled), -jnp.inf).reshape(s.shape), capped
+
+
+def _position_scores(positions: _Positions, row, column, shape: _Shape) -> jax.Array:
+    """One tile of products of queries and distances, `[B, G, R, tq, tk]` float32."""
+    q, r = _position_tiles(positions, row, column, shape)
+    return under_keys(_dot(q, r, "bgrtk,lgrk->bgrtl"))
+
+
+def _position_tiles(positions: _Positions, row, column, shape: _Shape) -> tuple[jax.Array, jax.Array]:
+    """The queries `[B, G, R, tq, K]` and the vectors of distances `[tq + tk, G, R, K]` of one tile."""
+    r = jax.lax.dynamic_slice_in_dim(positions.r_DHK, shape.diagonal(row, column), shape.tq + shape.tk)
+    return _get(positions.q, row).reshape(*shape.q_first[:-1], -1), r.reshape(-1, shape.G, shape.R, r.shape[-1])
 
 
 def _allowed(given: _Given, row, column, shape: _Shape, mask: Mask) -> jax.Array:
@@ -310,6 +359,29 @@ def _add_bias_gradient(dbias_HD: jax.Array, ds: jax.Array, row, column, shape: _
     start, length = shape.diagonal(row, column), shape.tq + shape.tk
     lines_HL = jax.lax.dynamic_slice_in_dim(dbias_HD, start, length, axis=1) + diagonal_sums(ds_HQK)
     return jax.lax.dynamic_update_slice_in_dim(dbias_HD, lines_HL, start, axis=1)
+
+
+def _add_position_gradients(found: _Positions, positions: _Positions, ds, row, column, shape: _Shape) -> _Positions:
+    """Adds what the score gradients of one tile, keys first, give its queries and its distances."""
+    q, r = _position_tiles(positions, row, column, shape)
+    dp = by_distance(ds.reshape(shape.keys_first).transpose(0, 1, 3, 4, 2))
+    dq = _dot(dp, r, "bgrtl,lgrk->bgrtk").reshape(found.q.shape[1:])
+    dr = _dot(dp, q, "bgrtl,bgrtk->lgrk").reshape(-1, *found.r_DHK.shape[1:])
+    start = shape.diagonal(row, column)
+    dr = jax.lax.dynamic_slice_in_dim(found.r_DHK, start, len(dr)) + dr
+    return _Positions(
+        _set(found.q, row, _get(found.q, row) + dq),
+        jax.lax.dynamic_update_slice_in_dim(found.r_DHK, dr, start, axis=0),
+    )
+
+
+def _relative_gradient(relative: Relative, found: _Positions, shape: _Shape) -> Relative:
+    """From tiles and diagonals to the arrays as they were given, that of distances over all devices that share it."""
+    r = relative.r_LHK
+    varying = r.astype(jnp.float32) + manual.zeros(r.shape, jnp.float32, found.r_DHK, r)
+    _, pull_back = jax.vjp(lambda r: at_distances(r, relative.behind, shape.first_distance, shape.n_diagonals), varying)
+    (dr,) = manual.total(pull_back(found.r_DHK), mesh_axes("batch"))
+    return replace(relative, q_BTHK=shape.untile_q(found.q.astype(relative.q_BTHK.dtype)), r_LHK=dr.astype(r.dtype))
 
 
 def _bias_gradient(bias: Bias, dbias_HD: jax.Array, distances_D: jax.Array) -> Bias:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 
 from maxlm.kernels.attention_bias import Alibi, Bias
+from maxlm.kernels.attention_relative import Relative
 from maxlm.kernels.manual import bring
 from maxlm.parallel.axes import activation_spec
 
@@ -19,12 +21,17 @@ class Extras(NamedTuple):
     prefix_BS: jax.Array | None = None
     sinks_H: jax.Array | None = None
     bias: Bias | None = None
+    relative: Relative | None = None
 
     def specs(self) -> Any:
         """The sharding of each array that is given, in the same places."""
         rows, heads = activation_spec("batch", "length"), activation_spec("heads")
         per_head = heads if isinstance(self.bias, Alibi) else activation_spec(None, "heads")
-        each = (rows, rows, rows, heads, jax.tree.map(lambda _: per_head, self.bias))
+        relative = self.relative
+        if relative is not None:
+            queries = activation_spec("batch", "length", "heads", None)
+            relative = replace(relative, q_BTHK=queries, r_LHK=activation_spec(None, "heads", None))
+        each = (rows, rows, rows, heads, jax.tree.map(lambda _: per_head, self.bias), relative)
         specs: list[Any] = [None if given is None else spec for given, spec in zip(self, each, strict=True)]
         return Extras(*specs)
 
@@ -50,4 +57,4 @@ class Extras(NamedTuple):
             (array,) = jax.tree.leaves(self.bias)
             if array.ndim != (1 if isinstance(self.bias, Alibi) else 2) or array.shape[-1] != H:
                 found.append(f"a bias {array.shape} does not fit {H} query heads")
-        return found
+        return found + ([] if self.relative is None else self.relative.problems(q))

@@ -26,18 +26,21 @@ def attention_reference(
 ) -> jax.Array:
     """`softmax(mask(softcap(scale q k) + bias)) v`, `[B, T, H, V]` in q's dtype; arguments as of `attention.attention`.
 
-    A sink is one more score of each query, whose value is 0.
+    With q k stand products of queries and distances. A sink is one more score of each query, whose value is 0.
     """
     B, T, H, K = q_BTHK.shape
     S, G, V = k_BSGK.shape[1], k_BSGK.shape[2], v_BSGV.shape[3]
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
-    s_BGRTS = scale * jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
-    if softcap is not None:
-        s_BGRTS = softcap * jnp.tanh(s_BGRTS / softcap)
     q_index = jnp.arange(T)[None, :, None]
     if q_offset_B is not None:
         q_index = q_index + q_offset_B[:, None, None]
     kv_index = jnp.arange(S)[None, None, :]
+    s_BGRTS = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
+    if extras.relative is not None:
+        s_BGRTS = s_BGRTS + extras.relative.scores(kv_index - q_index).reshape(s_BGRTS.shape)
+    s_BGRTS = scale * s_BGRTS
+    if softcap is not None:
+        s_BGRTS = softcap * jnp.tanh(s_BGRTS / softcap)
     if extras.bias is not None:
         bias_BHTS = extras.bias.of(kv_index - q_index).swapaxes(0, 1)
         s_BGRTS = s_BGRTS + bias_BHTS.reshape(-1, G, H // G, T, S)

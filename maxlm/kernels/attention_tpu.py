@@ -27,6 +27,8 @@ def refusal(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, extras: Ext
     """Why the kernel does not take this call, or None if it does."""
     if extras.bias is not None:
         return "a bias of the scores"
+    if extras.relative is not None:
+        return "scores of queries with distances"
     if extras.prefix_BS is not None:
         return "a prefix"
     if mask.global_tokens:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels.attention import attention
 from maxlm.kernels.attention_bias import Bias
+from maxlm.kernels.attention_relative import Relative
 from maxlm.models.config import ModelConfig
 from maxlm.models.layers import HeadsNorm, Initializer, Norm, project, use
 from maxlm.models.masking import mask_of
@@ -46,6 +47,8 @@ class Context(NamedTuple):
     """bool: keys that self-attention also sees from before them"""
     noise_key: jax.Array | None = None
     """in training, what routers' noise is made from: the step's, and within a layer the layer's"""
+    distances_LD: jax.Array | None = None
+    """sinusoids of distances between query and key, where positions are Transformer-XL's and nothing is cached"""
 
     def angles(self, kind: LayerKind) -> Angles | None:
         """Cosines and sines for a layer, where positions are RoPE's."""
@@ -85,9 +88,7 @@ class Attention(nnx.Module):
             self.q_norm = HeadsNorm(h, "heads", config, init.at("q_norm"))
             self.k_norm = HeadsNorm(g, "kv_heads", config, init.at("k_norm"))
 
-    def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None
-    ) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
         """Attention's addition to the residual stream, and the cache with these positions written."""
         x_BTD = constrain(x_BTD, "batch", "length", "embed")
         q_BTHK, k_BTGK, v_BTGK = self._project(x_BTD, context)
@@ -95,37 +96,43 @@ class Attention(nnx.Module):
             checkpoint_name(value, name) for value, name in ((q_BTHK, "q"), (k_BTGK, "k"), (v_BTGK, "v"))
         )
         if cache is not None:
-            cache = LayerCache(
-                write_rows(cache.k_BSGK, k_BTGK, context.lengths_B, "kv_heads", "head_dim"),
-                write_rows(cache.v_BSGK, v_BTGK, context.lengths_B, "kv_heads", "head_dim"),
+            cache = cache._replace(
+                k_BSGK=write_rows(cache.k_BSGK, k_BTGK, context.lengths_B, "kv_heads", "head_dim"),
+                v_BSGK=write_rows(cache.v_BSGK, v_BTGK, context.lengths_B, "kv_heads", "head_dim"),
             )
-            k_BTGK, v_BTGK = cache
-        o_BTHK = attention(
+            k_BTGK, v_BTGK = cache.k_BSGK, cache.v_BSGK
+        o_BTHK = self._attend(q_BTHK, k_BTGK, v_BTGK, context, cache)
+        y_BTD = project(o_BTHK, self.o, self.dtype, *context.residual)
+        if self.config.attention_out_bias:
+            y_BTD = y_BTD + use(self.o_bias, self.dtype)
+        return checkpoint_name(y_BTD, "attention_out"), cache
+
+    def empty_cache(self, layers: int, batch: int, length: int) -> Any:
+        """Zeros for the `layers` layers that are stacked here and `batch` rows of up to `length` positions."""
+        spec = activation_spec(None, "batch", "length", "kv_heads", "head_dim")
+        shape = (layers, batch, length, self.config.kv_heads, self.config.head_width)
+        zeros = jnp.zeros(shape, self.dtype, out_sharding=spec)
+        return LayerCache(zeros, zeros)
+
+    def _attend(
+        self, q_BTHK, k_BSGK, v_BSGK, context: Context, cache: Any, relative: Relative | None = None
+    ) -> jax.Array:
+        """Each query's average of the values; with a cache, keys and values are what it holds."""
+        return attention(
             q_BTHK,
-            k_BTGK,
-            v_BTGK,
+            k_BSGK,
+            v_BSGK,
             mask=self.mask,
             segments_BT=context.segments_BT,
             prefix_BS=context.prefix_BS,
             bias=context.bias,
+            relative=relative,
             sinks_H=use(self.sinks, jnp.float32) if self.config.attention_sinks else None,
             softcap=self.config.attention_softcap,
             scale=self.config.attention_scale,
             q_offset_B=context.lengths_B,
             implementation=self.config.attention_implementation,
         )
-        y_BTD = project(o_BTHK, self.o, self.dtype, *context.residual)
-        if self.config.attention_out_bias:
-            y_BTD = y_BTD + use(self.o_bias, self.dtype)
-        return checkpoint_name(y_BTD, "attention_out"), cache
-
-    @staticmethod
-    def empty_cache(config: ModelConfig, layers: int, batch: int, length: int, dtype: jnp.dtype) -> LayerCache:
-        """Zeros for `layers` layers and `batch` rows of up to `length` positions."""
-        spec = activation_spec(None, "batch", "length", "kv_heads", "head_dim")
-        shape = (layers, batch, length, config.kv_heads, config.head_width)
-        zeros = jnp.zeros(shape, dtype, out_sharding=spec)
-        return LayerCache(zeros, zeros)
 
     def _project(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
         q_BTHK = project(x_BTD, self.q, self.dtype)

@@ -18,17 +18,20 @@ from maxlm.models.latent_attention import LatentAttention, LatentCache
 from maxlm.models.layers import Initializer, Norm, model_norm
 from maxlm.models.mlp import MLP
 from maxlm.models.moe import MoE
+from maxlm.models.relative_attention import RelativeAttention, RelativeCache
 from maxlm.models.routing import Routing
 from maxlm.models.stacks import LayerKind, Segment, Stack
 from maxlm.parallel.axes import mesh_axes, names_in
 
-Cache = LayerCache | LatentCache
+Cache = LayerCache | RelativeCache | LatentCache
 """What decoding keeps of a layer."""
 
 
 def attention_of(config: ModelConfig) -> type[Attention] | type[LatentAttention]:
     """The attention that the config chooses."""
-    return Attention if config.latent is None else LatentAttention
+    if config.latent is not None:
+        return LatentAttention
+    return RelativeAttention if config.positions == "transformer_xl" else Attention
 
 
 class Block(nnx.Module):

@@ -16,7 +16,7 @@ VOCAB_MULTIPLE = 128
 
 # Names that `checkpoint_name` gives to activations, for remat policy `names`.
 REMAT_NAMES = (
-    *("layer_input", "q_latent", "kv_latent", "q", "k", "v", "flash_out", "flash_lse", "attention_out"),
+    *("layer_input", "q_latent", "kv_latent", "q", "k", "v", "r", "flash_out", "flash_lse", "attention_out"),
     *("mlp_gate", "mlp_up", "mlp_out", "expert_gate", "expert_up"),
 )
 
@@ -180,11 +180,12 @@ class ModelConfig(Section):
     embedding_scale: bool = key(False, "token vectors are multiplied by sqrt(d_model) (arXiv:1706.03762, section 3.4)")
     embedding_norm: bool = key(False, "a norm of the embeddings' sum, before the first layer (BLOOM, BERT)")
     token_types: int = key(0, "vectors for the parts of a row, added to the embedding (BERT's segments)", ge=0)
-    positions: Literal["rope", "learned", "alibi", "sinusoidal", "relative"] = key(
+    positions: Literal["rope", "learned", "alibi", "sinusoidal", "relative", "transformer_xl"] = key(
         "rope",
         "rotary (arXiv:2104.09864), learned absolute positions, scores lowered in proportion to distance, more or less "
         "in each head (ALiBi, arXiv:2108.12409), sines and cosines of absolute positions (arXiv:1706.03762, section "
-        "3.5), or numbers learned for distances and added to scores (T5, arXiv:1910.10683)",
+        "3.5), numbers learned for distances and added to scores (T5, arXiv:1910.10683), or scores of queries with "
+        "projected sines and cosines of distances (Transformer-XL, arXiv:1901.02860; Gopher)",
     )
     relative_buckets: int = key(32, "relative positions: how many ranges of distances there are", ge=4)
     relative_max_distance: int = key(
@@ -354,8 +355,12 @@ class ModelConfig(Section):
                 f"position_offset = {self.position_offset} is of learned positions, and positions = "
                 f"{self.positions!r}; leave it out"
             )
-        if self.positions == "sinusoidal" and self.d_model % 2:
+        if self.positions in ("sinusoidal", "transformer_xl") and self.d_model % 2:
             raise ValueError(f"d_model = {self.d_model} is odd, and half of it are sines of positions, half cosines")
+        if self.kind == "encoder_decoder" and self.positions == "transformer_xl":
+            raise ValueError(
+                "positions = 'transformer_xl' does not go with kind = 'encoder_decoder'; choose 'relative'"
+            )
         buckets, farthest = self.relative_buckets, self.relative_max_distance
         if self.positions == "relative" and (buckets % 4 or farthest <= buckets // 2):
             raise ValueError(

@@ -103,10 +103,12 @@ class RowLengths(NamedTuple):
 def forward_flops(config: ModelConfig, seq_len: int, lengths: RowLengths | None = None) -> ForwardFlops:
     """Matmul FLOPs of training's forward pass for one token of a full row of `seq_len`, by part.
 
-    Scores and values take 2 FLOPs each for every pair of positions that the mask leaves, head and channel. `lengths`
-    are what an objective makes of such a row: of an encoder-decoder's sides, both `seq_len` unless given; and whether
-    a decoder sees prefixes both ways, which is counted as `attended_positions` says. Modules that predict further ahead
-    are layers like the last one, whose projections of two vectors to one count with the MLP's, and use the head again.
+    Scores and values take 2 FLOPs each for every pair of positions that the mask leaves, head and channel; scores twice
+    where queries are multiplied by distances too. The projection of distances, once for all rows of a batch, does not
+    count (see `distance_flops`). `lengths` are what an objective makes of such a row: of an encoder-decoder's sides,
+    both `seq_len` unless given; and whether a decoder sees prefixes both ways, counted as `attended_positions` says.
+    Modules that predict further ahead are layers like the last one, whose projections of two vectors to one count with
+    the MLP's, and use the head again.
     """
     c = config
     prefix = lengths is not None and lengths.prefix
@@ -118,10 +120,11 @@ def forward_flops(config: ModelConfig, seq_len: int, lengths: RowLengths | None 
         for kind in (*kinds, *kinds[-1:] * c.mtp_layers):
             pairs += share * attended_positions(c, length, local=kind.local, causal=kind.causal, prefix=prefix)
             pairs += share * lengths.encoder if kind.cross else 0
+    scored = 2 if c.positions == "transformer_xl" else 1
     head = c.vocab_size * c.d_model * (1 + c.mtp_layers) + (c.d_model**2 if c.head_transform else 0)
     return ForwardFlops(
         attention_projections=_product_flops(c, "attention", *shares),
-        attention_scores=2 * c.n_heads * (c.head_width + c.value_width) * pairs,
+        attention_scores=2 * c.n_heads * (scored * c.head_width + c.value_width) * pairs,
         mlp=_product_flops(c, "mlp", *shares),
         head=shares[1] * 2 * head,
     )
@@ -137,8 +140,24 @@ def training_flops_per_token(config: ModelConfig, seq_len: int, lengths: RowLeng
     return 3 * forward_flops_per_token(config, seq_len, lengths)
 
 
+def n_distances(config: ModelConfig, kind: LayerKind, seq_len: int) -> int:
+    """How many distances between query and key a layer projects; 0 where positions are not Transformer-XL's."""
+    if config.positions != "transformer_xl":
+        return 0
+    behind = min(config.attention_window or seq_len, seq_len) if kind.local else seq_len
+    return behind if kind.causal else 2 * behind - 1
+
+
+def distance_flops(config: ModelConfig, seq_len: int) -> int:
+    """FLOPs of a forward pass's projections of distances in all layers, which do not depend on the number of rows."""
+    kinds = (*config.layer_kinds, *config.layer_kinds[-1:] * config.mtp_layers)
+    inner = config.n_heads * config.head_width
+    return sum(2 * config.d_model * inner * n_distances(config, kind, seq_len) for kind in kinds)
+
+
 def cache_bytes_per_token(config: ModelConfig, precision: PrecisionConfig) -> int:
-    """Bytes that decoding keeps for a token: keys and values of all layers, or their latents and the shared key."""
+    """Bytes that decoding keeps for a token: keys and values of all layers, or their latents and the shared key. What
+    all rows share, the projected distances of Transformer-XL's positions, is not a token's."""
     width = 2 * config.kv_heads * config.head_width if config.latent is None else config.latent.cached_width
     return config.n_layers * width * {"float32": 4, "bfloat16": 2}[precision.compute]
 

@@ -84,16 +84,14 @@ class LatentAttention(nnx.Module):
             y_BTD = y_BTD + use(self.o_bias, self.dtype)
         return checkpoint_name(y_BTD, "attention_out"), cache
 
-    @staticmethod
-    def empty_cache(config: ModelConfig, layers: int, batch: int, length: int, dtype: jnp.dtype) -> LatentCache:
-        """Zeros for `layers` layers and `batch` rows of up to `length` positions."""
-        assert config.latent is not None
+    def empty_cache(self, layers: int, batch: int, length: int) -> LatentCache:
+        """Zeros for the `layers` layers that are stacked here and `batch` rows of up to `length` positions."""
 
         def zeros(width: int, name: str) -> jax.Array:
             spec = activation_spec(None, "batch", "length", name)
-            return jnp.zeros((layers, batch, length, width), dtype, out_sharding=spec)
+            return jnp.zeros((layers, batch, length, width), self.dtype, out_sharding=spec)
 
-        return LatentCache(zeros(config.latent.kv_rank, "latent"), zeros(config.latent.rope_head_dim, "head_dim"))
+        return LatentCache(zeros(self.latent.kv_rank, "latent"), zeros(self.latent.rope_head_dim, "head_dim"))
 
     def _queries(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
         """Channels that RoPE leaves alone, and those that it has turned (equations 37 to 39)."""

@@ -1,5 +1,5 @@
 """Rotary position embeddings (RoPE, arXiv:2104.09864), in the half-split layout of the public Llama weights; sinusoidal
-ones; and the slopes of ALiBi (arXiv:2108.12409)."""
+ones, of positions and of distances; and the slopes of ALiBi (arXiv:2108.12409)."""
 
 from __future__ import annotations
 
@@ -113,6 +113,13 @@ def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
     frequencies = (10_000.0 ** -(np.arange(0, width, 2) / width)).astype(np.float32)
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def distance_sinusoids(length: int, width: int, dtype: jnp.dtype, *, causal: bool) -> jax.Array:
+    """The same of every distance `query - key` in rows of `length`, `[L, width]` (Transformer-XL, arXiv:1901.02860,
+    section 3.3): from the farthest key behind the query to itself, or, where not causal, to the farthest ahead."""
+    distance_L = length - 1 - jnp.arange(length if causal else 2 * length - 1, dtype=jnp.int32)
+    return sinusoids(distance_L[None], width)[0].astype(dtype)
 
 
 def alibi_slopes(n_heads: int) -> np.ndarray:

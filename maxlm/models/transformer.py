@@ -14,13 +14,13 @@ from flax import nnx
 from maxlm.kernels.attention_bias import Alibi, Bias, RelativeBias
 from maxlm.kernels.embedding import embed
 from maxlm.models.attention import Angles, Context, LayerCache
-from maxlm.models.block import Block, Caches, attention_of, one_by_one, run_segment
+from maxlm.models.block import Block, Caches, one_by_one, run_segment
 from maxlm.models.config import ModelConfig, PrecisionConfig
 from maxlm.models.cross_attention import encoded_caches
 from maxlm.models.heads import Head, NextSentence
 from maxlm.models.layers import Initializer, model_norm, use
 from maxlm.models.mtp import MTPModule, run_module
-from maxlm.models.positions import alibi_slopes, rope_angles, sinusoids
+from maxlm.models.positions import alibi_slopes, distance_sinusoids, rope_angles, sinusoids
 from maxlm.models.routing import Routing
 from maxlm.models.stacks import segments
 from maxlm.parallel.axes import activation_spec, constrain, weight_spec
@@ -175,7 +175,7 @@ class Transformer(nnx.Module):
     ) -> tuple[list[jax.Array], dict[str, Routing]]:
         """What each module for further tokens gives the head, from what `__call__` gave and, for module k, the token
         that lies k ahead of each position; and by module (`mtp.0`) what its router did, if it has experts."""
-        context, found = Context(*self._angles(positions_BT), segments_BT, bias=self._bias("decoder")), []
+        context, found = self._context("decoder", positions_BT, segments_BT), []
         routings: dict[str, Routing] = {}
         for k, tokens in enumerate(tokens_BT):
             embedded_BTD = self.embedding(tokens, positions_BT, context)
@@ -189,7 +189,7 @@ class Transformer(nnx.Module):
 
     def encode(self, tokens_BS: jax.Array, positions_BS: jax.Array, segments_BS: jax.Array) -> Encoded:
         """The result of an encoder-decoder's encoder."""
-        context = Context(*self._angles(positions_BS), segments_BS, bias=self._bias("encoder"))
+        context = self._context("encoder", positions_BS, segments_BS)
         tokens_VD = self.embedding.tokens[...]
         x_BSD = self.encoder_embedding(tokens_BS, positions_BS, context, tokens_VD=tokens_VD)
         for segment in segments(self.config.sides["encoder"]):
@@ -222,6 +222,14 @@ class Transformer(nnx.Module):
         positions_BT = lengths_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=lengths_B.dtype)[None, :]
         return self._forward(tokens_BT, positions_BT, None, caches, lengths_B, None, encoded, prefix_BS=prefix_BS)[:2]
 
+    def empty_caches(self, batch: int, length: int) -> Caches:
+        """Caches for `batch` rows of up to `length` positions, in the compute format."""
+        return {
+            stack.name: self.decoder[stack.name].attention.empty_cache(len(stack.layers), batch, length)
+            for segment in self.config.segments
+            for stack in segment
+        }
+
     def head_input(self, x_BTD: jax.Array) -> jax.Array:
         """What the output projection is applied to, of the result of a call."""
         if self.config.head_transform:
@@ -248,7 +256,7 @@ class Transformer(nnx.Module):
         **further: jax.Array | None,
     ) -> tuple[jax.Array, Any, Any]:
         side = "encoder" if self.config.kind == "encoder" else "decoder"
-        context = Context(*self._angles(positions_BT), segments_BT, lengths_B, self._bias(side), **further)
+        context = self._context(side, positions_BT, segments_BT, lengths_B, **further)
         made: Mapping[str, LayerCache] | None = None
         if isinstance(encoded, Encoded):
             context = context._replace(encoded_BSD=encoded.x_BSD, encoded_segments_BS=encoded.segments_BS)
@@ -264,6 +272,20 @@ class Transformer(nnx.Module):
             written |= new or {}
             routings |= routed
         return x_BTD if self.config.norm_placement == "post" else self.final_norm(x_BTD), written, routings
+
+    def _context(
+        self, side: str, positions_BT, segments_BT, lengths_B: jax.Array | None = None, **further: jax.Array | None
+    ) -> Context:
+        """What the layers of a side share."""
+        distances_LD = None
+        if self.config.positions == "transformer_xl" and lengths_B is None:
+            length, causal = positions_BT.shape[1], side == "decoder"
+            # Kept, as RoPE's angles are.
+            distances_LD = jax.lax.optimization_barrier(
+                distance_sinusoids(length, self.config.d_model, self.dtype, causal=causal)
+            )
+        angles = self._angles(positions_BT)
+        return Context(*angles, segments_BT, lengths_B, self._bias(side), distances_LD=distances_LD, **further)
 
     def _bias(self, side: str) -> Bias | None:
         """What is added to the scores of a side's layers, the same in all."""
@@ -327,11 +349,3 @@ class Model:
 
         shapes = nnx.to_pure_dict(self._split[1])
         return jax.tree.map(place, self.logical_axes(), shapes, is_leaf=lambda node: isinstance(node, tuple))
-
-    def empty_caches(self, batch: int, length: int) -> Caches:
-        """Caches for `batch` rows of up to `length` positions, zeros, in the compute format."""
-        c, dtype = self.config, jnp.dtype(self.precision.compute)
-        empty = attention_of(c).empty_cache
-        return {
-            stack.name: empty(c, len(stack.layers), batch, length, dtype) for segment in c.segments for stack in segment
-        }

@@ -22,7 +22,7 @@ class Weight:
     """One array of the parameter tree; `layers` of them are stacked where it belongs to a layer."""
 
     part: str
-    """embedding, attention, mlp, norm or head"""
+    """embedding, attention, distances, mlp, norm or head"""
     shape: tuple[int, ...]
     logical: tuple[str, ...]
     layers: int = 1
@@ -132,6 +132,11 @@ def _layer(c: ModelConfig, kind: LayerKind) -> Iterator[Weight]:
         yield from _attention(c, c.d_model, c.n_heads, c.kv_heads, c.head_width)
     else:
         yield from _latent_attention(c, c.latent)
+    if c.positions == "transformer_xl":
+        heads = (c.n_heads, c.head_width)
+        yield Weight("distances", (c.d_model, *heads), ("embed", "heads", "head_dim"), product=False)
+        for _ in ("content", "position"):
+            yield Weight("attention", heads, ("heads", "head_dim"), product=False)
     if kind.experts and c.moe is not None:
         yield from _moe(c, c.moe, c.d_model)
     else:

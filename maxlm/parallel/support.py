@@ -56,7 +56,7 @@ REFUSALS = (
         "set model.mtp_layers=0",
     ),
     Refusal(
-        "data.objective.kind = 'prefix_lm' with model.positions of distances backwards (alibi, relative)",
+        "data.objective.kind = 'prefix_lm' with positions of distances backwards (alibi, relative, transformer_xl)",
         "a decoder's have nothing to say of tokens ahead, which a prefix sees",
         lambda config: (
             config.data.objective.kind == "prefix_lm"

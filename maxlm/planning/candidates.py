@@ -221,7 +221,8 @@ def remat_choices(config: RunConfig) -> list[RematConfig]:
         if any(width(model, kind) for kind in model.layer_kinds)
     ]
     mlp = tuple(f"{block}_{name}" for block in blocks for name in (("gate", "up") if model.gated else ("up",)))
-    kept = (ATTENTION[3:], ATTENTION, (*ATTENTION, "attention_out"), mlp, (*ATTENTION, *mlp))
+    attention = (*ATTENTION, "r") if model.positions == "transformer_xl" else ATTENTION
+    kept = (ATTENTION[3:], attention, (*attention, "attention_out"), mlp, (*attention, *mlp))
     choices = [RematConfig(policy=policy) for policy in ("none", "dots", "full")]
     return choices + [RematConfig(policy="names", names=names) for names in kept]
 

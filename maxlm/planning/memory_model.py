@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from maxlm.models.config import ModelConfig
+from maxlm.models.flops import n_distances
 from maxlm.models.stacks import LayerKind
 from maxlm.models.weights import weights_of
 from maxlm.parallel.axes_table import ACTIVATIONS
@@ -58,6 +59,8 @@ class Shapes:
     mlp_shards: int
     """of every width inside"""
     vocab: int
+    distances: float
+    """that layers project, the mean over them; 0 where positions are not Transformer-XL's"""
 
     @classmethod
     def of(cls, config: RunConfig, sizes: Mapping[str, int]) -> Shapes:
@@ -78,6 +81,7 @@ class Shapes:
             routed=tokens * sum(choices(model, kind) for kind in model.layer_kinds) / model.n_layers,
             mlp_shards=shards("mlp"),
             vocab=model.padded_vocab_size // shards("vocab"),
+            distances=sum(n_distances(model, kind, train.seq_len) for kind in model.layer_kinds) / model.n_layers,
         )
 
 
@@ -165,6 +169,7 @@ def named_bytes(model: ModelConfig, shapes: Shapes, width: int) -> dict[str, flo
         "q": q,
         "k": k,
         "v": v,
+        "r": shapes.distances * shapes.heads * model.head_width * width,
         "flash_out": out * lane_padding(model) + lse,  # the TPU kernel names both so
         "flash_lse": 0,
         "attention_out": 0 if model.parallel_residual else residual,  # no gradient needs it beside a parallel MLP
@@ -190,6 +195,8 @@ def _everything(model: ModelConfig, shapes: Shapes, named: Mapping[str, float], 
     if model.qk_norm != "none":
         norms += (named["q"] + named["k"]) * (1 + 2 * 4 / width)
     attention = lane_padding(model) * (named["q"] + named["k"] + named["v"]) + named["flash_out"] + named["q"]
+    if shapes.distances:  # queries of distances, beside those of keys
+        attention += named["q"] + named["r"]
     between = named["attention_out"] if model.norm == "rms" else 0
     mlp = named["mlp_up"] + named["mlp_gate"] + ACTIVATION_ARRAYS[model.mlp] * named["mlp_up"]
     mlp += named["expert_up"] + named["expert_gate"] + ACTIVATION_ARRAYS[model.mlp] * named["expert_up"]
@@ -235,7 +242,7 @@ def _cast_bytes(config: RunConfig, sizes: Mapping[str, int]) -> int:
     """The layers' weights as they rest, in the compute format: loops over layers find them cast."""
     if config.precision.compute == config.precision.parameters:
         return 0
-    weights = (weight for weight in weights_of(config.model) if weight.part in ("attention", "mlp"))
+    weights = (weight for weight in weights_of(config.model) if weight.part in ("attention", "distances", "mlp"))
     elements = sum(weight.at_rest(sizes, shard_over_data=config.mesh.zero == 3) for weight in weights)
     return BYTES[config.precision.compute] * elements
 
@@ -251,6 +258,10 @@ def _layer_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     lse = shapes.tokens * shapes.heads * LANES * 4
     attention = named["q"] + lane_padding(model) * (2 * named["q"] + named["k"] + named["v"]) + lse
     rope = shapes.tokens * model.rope_width * 4 if model.positions == "rope" else 0
+    if shapes.distances:
+        # Queries of distances and their gradients; projected distances, and their gradients in float32, of the cut
+        # diagonals of the scores; the sinusoids.
+        attention += 2 * named["q"] + named["r"] * (2 + 2 * 4 / width) + shapes.distances * model.d_model * width
     residual = (3 * shapes.residual_tokens + 2 * shapes.tokens) * model.d_model * width
     gathered = Counter[str | None]()
     for weight in weights_of(model):

@@ -15,6 +15,8 @@ def products(model: ModelConfig) -> tuple[str, ...]:
         found.append("mlp_out")
     if model.latent is not None:
         found += ["kv_latent"] if model.latent.q_rank is None else ["q_latent", "kv_latent"]
+    if model.positions == "transformer_xl":
+        found.append("r")
     if model.moe is not None:
         found += ["expert_gate", "expert_up"]
     return tuple(found)

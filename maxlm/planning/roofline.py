@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from maxlm.models.flops import forward_flops
+from maxlm.models.config import ModelConfig
+from maxlm.models.flops import distance_flops, forward_flops
 from maxlm.models.weights import Weight, weights_of
 from maxlm.parallel.axes_table import ACTIVATIONS, STORAGE_AXES
 from maxlm.planning.layout import Cost, collective_cost, network_of
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 LENGTH = ACTIVATIONS["residual_length"]
 
 # Attention's backward makes the scores again, five products for the forward's two (FlashAttention, arXiv:2205.14135,
-# algorithm 4); model FLOPs count four.
-ATTENTION_BACKWARD = 2.5
+# algorithm 4); model FLOPs count four. With products of queries and distances too, eight for the forward's three.
+ATTENTION_BACKWARD, RELATIVE_ATTENTION_BACKWARD = 5 / 2, 8 / 3
 
 # HBM bytes of a logit: float32 written and read three times (maximum, exponentials, target), and its gradient written
 # once and read twice in two bytes.
@@ -106,6 +107,7 @@ def roofline(config: RunConfig, topology: Topology, sizes: Mapping[str, int]) ->
     parts = [
         step.embedding(),
         *step.layers(),
+        *step.distances(),
         step.head(),
         step.optimizer(),
         step.part("gradient reduction", cost=reduced),
@@ -118,6 +120,11 @@ def roofline(config: RunConfig, topology: Topology, sizes: Mapping[str, int]) ->
         dcn - reduced.dcn_seconds + scattered.dcn_seconds,
     )
     return Roofline(parts, predicted_memory(config, sizes), (best, busy + ici + dcn))
+
+
+def attention_backward(model: ModelConfig) -> float:
+    """FLOPs of attention's backward over those of its forward."""
+    return RELATIVE_ATTENTION_BACKWARD if model.positions == "transformer_xl" else ATTENTION_BACKWARD
 
 
 @dataclass(frozen=True)
@@ -205,19 +212,36 @@ class _Step:
         # Bytes of one forward pass through all layers; the backward pass moves twice as many.
         through = {
             "attention projections": self._weight_bytes("attention") + layers * (4 * residual + 2 * (q + kv)),
-            "attention scores": layers * 2 * (q + kv),
+            "attention scores": layers * (2 * (q + kv) + (q if shapes.distances else 0)),
             "mlp": self._weight_bytes("mlp") + layers * (4 * residual + 2 * inner + 2 * routed),
         }
         flops = {"attention projections": projections, "attention scores": scores, "mlp": mlp}
         parts = []
         for name, ahead in through.items():
-            backward = ATTENTION_BACKWARD if name == "attention scores" else 2
+            backward = attention_backward(model) if name == "attention scores" else 2
             cost = self._layers_cost(name, repeated, residual) * n
             parts.append(self.part(name, flops=flops[name] * (1 + backward), hbm=3 * ahead * n, cost=cost))
             if share := repeated.share(name, model):
                 hbm = share * ahead * n
                 parts.append(self.part(f"{name}, recomputed", flops=share * flops[name], hbm=hbm))
         return parts
+
+    def distances(self) -> list[Part]:
+        """Projections of distances, where the model has them: each device multiplies the rows of the weight that it
+        stores, and products and their gradients are summed in float32, the second over all rows of the batch."""
+        n, layers, model = self.config.train.accumulation, self.config.model.total_layers, self.config.model
+        weights = [weight for weight in weights_of(model) if weight.part == "distances"]
+        if not weights:
+            return []
+        zero3, times = self.config.mesh.zero == 3, 2 + ("r" in again(model).names)
+        stored = sum(weight.at_rest(self.sizes, shard_over_data=zero3) for weight in weights)
+        share = stored / sum(weight.size for weight in weights)
+        made = self.shapes.distances * self.shapes.heads * model.head_width * 4
+        cost = self.cost("all-reduce", made, *self.storage) * (times - 1)
+        cost += self.cost("all-reduce", made, *ACTIVATIONS["batch"])
+        flops = times * share * distance_flops(model, self.config.train.seq_len)
+        hbm = times * (stored * self.width + layers * made)
+        return [self.part("distance projections", flops=n * flops, hbm=n * hbm, cost=cost * (n * layers))]
 
     def _layers_cost(self, name: str, repeated: Again, residual: float) -> Cost:
         """Communication of all layers in a microbatch: weights gathered twice; positions gathered before the products
@@ -282,6 +306,8 @@ class _Step:
         for weight in weights_of(self.config.model):
             if weight.part == "embedding" and not self.config.model.tied_embeddings:
                 continue  # made where it is stored
+            if weight.part == "distances":
+                continue  # of products that are summed before
             whole = weight.gathered(self.sizes) * self.width
             everywhere = self.cost("all-reduce", whole, *ACTIVATIONS["batch"])
             here = everywhere

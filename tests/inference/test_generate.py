@@ -37,6 +37,9 @@ BRICKS = {
     },
     "latent attention in chunks": {**latents.LATENT, "attention_chunk": 6, "attention_global_tokens": 2},
     **{name: ours_dense.MODELS[name] for name in ("gemma2", "gemma3", "olmo2", "phi3", "opt", "bloom")},
+    "Transformer-XL's positions": {
+        **tiny.GOPHER, "n_kv_heads": 2, "attention_window": 6, "attention_pattern": ["local", "global"]
+    },
     "latent attention": latents.LATENT,
     "latent attention, whole queries, YaRN on scores": latents.LATENT_LITE,
     "experts in every second layer": tiny_moe.QWEN3_MOE,

@@ -1,4 +1,4 @@
-"""Sinks, biases, prefixes, chunks, global tokens, and keys of other rows than the queries'."""
+"""Sinks, biases, scores of distances, prefixes, chunks, global tokens, and keys of other rows than the queries'."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from maxlm.kernels import attention_tpu
 from maxlm.kernels.attention import attention
 from maxlm.kernels.attention_bias import Alibi, Bias, RelativeBias, bucket
 from maxlm.kernels.attention_extras import Extras
+from maxlm.kernels.attention_relative import Relative
 from maxlm.kernels.masks import Mask
 from maxlm.parallel.axes import activation_spec
 from tests.kernels import truth
 
 N_BUCKETS, MAX_DISTANCE = 8, 20
+LEARNED = ("sinks_H", "bias", "relative")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Case:
     prefix: bool
     sinks: bool
     bias: str | None  # alibi, past, both
+    relative: str | None  # past, both, near
     softcap: float | None
     dtype: str
     implementation: str
@@ -43,7 +46,12 @@ class Case:
         mask = (
             f"{'causal' if self.mask.causal else 'both'}-{self.mask.window}-{self.mask.chunk}-{self.mask.global_tokens}"
         )
-        extras = "segments-" * self.segments + "prefix-" * self.prefix + "sinks-" * self.sinks + f"{self.bias}"
+        extras = (
+            "segments-" * self.segments
+            + "prefix-" * self.prefix
+            + "sinks-" * self.sinks
+            + f"{self.bias}-{self.relative}"
+        )
         return f"{self.implementation}-{sizes}-{mask}-{extras}-cap{self.softcap}-{self.dtype}"
 
 
@@ -74,6 +82,7 @@ def generated_cases(n: int) -> list[Case]:
                 prefix=bool(rng.random() < 0.5),
                 sinks=bool(rng.random() < 0.6),
                 bias=one((None, "alibi", "past", "both")),
+                relative=(None, "past", "both", "near")[seed // 2 % 4],
                 softcap=one((None, None, 3.0)),
                 dtype=one(("float32", "float32", "bfloat16")),
                 implementation="reference" if seed % 4 == 3 else "chunked",
@@ -104,7 +113,24 @@ def inputs(case: Case) -> tuple[list[jax.Array], dict[str, Any]]:
         extras["sinks_H"] = jnp.asarray(rng.normal(size=H), case.dtype)
     if case.bias is not None:
         extras["bias"] = bias_of(case.bias, H, case.dtype)
+    if case.relative is not None:
+        extras["relative"] = relative_of(case.relative, (B, T, H, K), S, case.dtype)
     return arrays, extras
+
+
+def relative_of(kind: str, shape: tuple[int, int, int, int], S: int, dtype: str = "float32") -> Relative:
+    """Vectors of every distance, of those of a causal mask, or of a few near ones."""
+    rng, T = np.random.default_rng(11), shape[1]
+    behind, ahead = {"past": (T - 1, 0), "both": (T - 1, S - 1), "near": (4, 2)}[kind]
+    r_LHK = rng.normal(size=(behind + ahead + 1, *shape[2:]))
+    return Relative(jnp.asarray(rng.normal(size=shape), dtype), jnp.asarray(r_LHK, dtype), behind=behind)
+
+
+def vectors_by_pair(relative: Relative, T: int, S: int) -> tuple[np.ndarray, np.ndarray]:
+    """The row of each query's and key's distance `[T, S]`, and its vectors `[T, S, H, K]`."""
+    r_LHK = np.asarray(relative.r_LHK, np.float64)
+    row = np.clip(np.arange(S)[None, :] - np.arange(T)[:, None] + relative.behind, 0, len(r_LHK) - 1)
+    return row, r_LHK[row]
 
 
 def bias_of(kind: str, H: int, dtype: str = "float32") -> Bias:
@@ -138,8 +164,8 @@ def allowed_by(case: Case, extras: dict[str, Any]) -> np.ndarray:
 
 
 def output_and_gradients(arrays, extras, **keywords) -> tuple[jax.Array, ...]:
-    """The output and the gradients of q, k, v, then of the sinks and of the bias's array where given."""
-    learned = {name: extras[name] for name in ("sinks_H", "bias") if name in extras}
+    """The output and the gradients of q, k, v, then of what is LEARNED where given."""
+    learned = {name: extras[name] for name in LEARNED if name in extras}
     rest = {name: x for name, x in extras.items() if name not in learned}
 
     @jax.jit
@@ -149,23 +175,33 @@ def output_and_gradients(arrays, extras, **keywords) -> tuple[jax.Array, ...]:
 
         o, pull_back = jax.vjp(f, q, k, v, learned)
         dq, dk, dv, dlearned = pull_back(do)
-        return (o, dq, dk, dv, *(x for name in ("sinks_H", "bias") for x in jax.tree.leaves(dlearned.get(name))))
+        return (o, dq, dk, dv, *(x for name in LEARNED for x in jax.tree.leaves(dlearned.get(name))))
 
     return run(*arrays, learned, rest)
 
 
 def expected_of(case: Case, arrays, extras) -> tuple[np.ndarray, ...]:
-    (_, T, S, K, _), bias = case.shape, None
+    (_, T, S, K, _), bias, products = case.shape, None, None
     if case.bias is not None:
         features = features_of(case.bias, T, S)
         array = np.asarray(jax.tree.leaves(extras["bias"])[0], np.float64)
         bias = np.einsum("nh,nts->hts", array.reshape(len(features), -1), features)
-    allowed = allowed_by(case, extras)
-    *results, dsinks, dbias = truth.attention_with(*arrays, allowed, K**-0.5, case.softcap, extras.get("sinks_H"), bias)
+    relative, allowed = extras.get("relative"), allowed_by(case, extras)
+    if relative is not None:
+        row, r_TSHK = vectors_by_pair(relative, T, S)
+        q_BTHK = np.asarray(relative.q_BTHK, np.float64)
+        products = np.einsum("bthk,tshk->bhts", q_BTHK, r_TSHK)
+    *results, dsinks, dbias, dproducts = truth.attention_with(
+        *arrays, allowed, K**-0.5, case.softcap, extras.get("sinks_H"), bias, products
+    )
     if case.sinks:
         results.append(dsinks)
     if case.bias is not None:
         results.append(np.einsum("hts,nts->nh", dbias, features).reshape(array.shape))
+    if relative is not None:
+        dr = np.zeros(relative.r_LHK.shape)
+        np.add.at(dr, row, np.einsum("bhts,bthk->tshk", dproducts, q_BTHK))
+        results += [np.einsum("bhts,tshk->bthk", dproducts, r_TSHK), dr]
     return tuple(results)
 
 
@@ -186,6 +222,7 @@ def test_output_and_gradients_equal_the_float64_truth(case: Case, monkeypatch: p
 def test_the_sample_of_cases_has_every_feature_in_the_chunked_implementation():
     chunked = [case for case in generated_cases(24) if case.implementation == "chunked"]
     assert {case.bias for case in chunked} == {None, "alibi", "past", "both"}
+    assert {case.relative for case in chunked} == {None, "past", "both", "near"}
     for feature in ("segments", "prefix", "sinks"):
         assert {getattr(case, feature) for case in chunked} == {True, False}
     assert any(case.mask.chunk and not case.mask.causal for case in chunked)
@@ -202,7 +239,7 @@ def test_buckets_are_those_of_t5(n_buckets: int, max_distance: int, bidirectiona
 
 
 def test_alibi_is_blooms_slope_times_the_keys_position_under_softmax():
-    case = Case((2, 20, 20, 8, 8), (4, 2), Mask(), False, False, False, "alibi", None, "float32", "chunked", 3)
+    case = Case((2, 20, 20, 8, 8), (4, 2), Mask(), False, False, False, "alibi", None, None, "float32", "chunked", 3)
     arrays, extras = inputs(case)
     slopes = np.asarray(extras["bias"].slopes_H, np.float64)
     bloom = np.broadcast_to(slopes[:, None, None] * np.arange(20), (4, 20, 20))
@@ -211,7 +248,7 @@ def test_alibi_is_blooms_slope_times_the_keys_position_under_softmax():
     truth.assert_close(got, expected, truth.FLOAT32_TOLERANCE)
 
 
-WHOLE = Case((4, 70, 70, 8, 4), (4, 2), Mask(), True, True, True, "both", None, "float32", "chunked", 5)
+WHOLE = Case((4, 70, 70, 8, 4), (4, 2), Mask(), True, True, True, "both", "past", None, "float32", "chunked", 5)
 
 
 @pytest.mark.parametrize(
@@ -222,10 +259,12 @@ WHOLE = Case((4, 70, 70, 8, 4), (4, 2), Mask(), True, True, True, "both", None, 
 def test_cached_decoding_gives_what_the_whole_row_gives(mask: Mask, kind: str):
     case = replace(WHOLE, mask=mask, bias=kind, segments=False, shape=(3, 40, 40, 8, 4))
     (q, k, v, _), extras = inputs(case)
-    whole = np.asarray(attention(q, k, v, mask=mask, **extras), np.float64)
+    relative = extras.pop("relative")
+    whole = np.asarray(attention(q, k, v, mask=mask, relative=relative, **extras), np.float64)
     offset = jnp.asarray([0, 17, 38], jnp.int32)
-    steps = jnp.stack([q[b, int(t) : int(t) + 2] for b, t in enumerate(offset)])
-    got = jax.jit(partial(attention, mask=mask))(steps, k, v, q_offset_B=offset, **extras)
+    steps, own = (jnp.stack([x[b, int(t) : int(t) + 2] for b, t in enumerate(offset)]) for x in (q, relative.q_BTHK))
+    relative = replace(relative, q_BTHK=own)
+    got = jax.jit(partial(attention, mask=mask))(steps, k, v, q_offset_B=offset, relative=relative, **extras)
     for b, t in enumerate(offset):
         truth.assert_close(got[b], whole[b, int(t) : int(t) + 2], truth.FLOAT32_TOLERANCE)
 
@@ -240,14 +279,14 @@ def test_shared_by_devices_equals_one_device(implementation: str, kind: str, mon
         shared = [truth.put(x, heads) for x in arrays]
         put = jax.tree.map(lambda x: truth.put(x, PartitionSpec()), extras)
         got = output_and_gradients(shared, put, mask=Mask(chunk=30), implementation=implementation)
-    assert len(got) == 6
+    assert len(got) == 8
     for i, (x, y) in enumerate(zip(got, one, strict=True)):
         truth.assert_close(x, np.asarray(y, np.float64), truth.FLOAT32_TOLERANCE, f"result {i}", least_scale=1.0)
 
 
 @pytest.mark.parametrize(("mask", "dtype"), [(Mask(chunk=100), "float32"), (Mask(window=40), "bfloat16")], ids=str)
 def test_the_tpu_kernel_interpreted_takes_sinks_and_chunks(mask: Mask, dtype: str):
-    case = Case((2, 256, 256, 64, 64), (4, 2), mask, True, False, True, None, None, dtype, "pallas", 1)
+    case = Case((2, 256, 256, 64, 64), (4, 2), mask, True, False, True, None, None, None, dtype, "pallas", 1)
     arrays, extras = inputs(case)
     got = output_and_gradients(arrays, extras, mask=mask, implementation="pallas")
     for i, (x, y) in enumerate(zip(got, expected_of(case, arrays, extras), strict=True)):
@@ -255,7 +294,7 @@ def test_the_tpu_kernel_interpreted_takes_sinks_and_chunks(mask: Mask, dtype: st
 
 
 def test_the_tpu_kernel_on_a_mesh_sums_the_gradient_of_sinks():
-    case = Case((4, 128, 128, 64, 64), (4, 2), Mask(), True, False, True, None, None, "float32", "pallas", 1)
+    case = Case((4, 128, 128, 64, 64), (4, 2), Mask(), True, False, True, None, None, None, "float32", "pallas", 1)
     arrays, extras = inputs(case)
     with jax.set_mesh(truth.mesh_of(truth.SHARDED)):
         heads = activation_spec("batch", "length", "heads", None)
@@ -267,7 +306,9 @@ def test_the_tpu_kernel_on_a_mesh_sums_the_gradient_of_sinks():
 
 
 def test_the_tpu_kernel_gives_zero_to_a_query_whose_segment_has_no_keys():
-    case = Case((2, 256, 128, 64, 64), (2, 1), Mask(False), True, False, False, None, None, "float32", "pallas", 2)
+    case = Case(
+        (2, 256, 128, 64, 64), (2, 1), Mask(False), True, False, False, None, None, None, "float32", "pallas", 2
+    )
     arrays, extras = inputs(case)
     assert not np.isin(np.asarray(extras["segments_BT"]), np.asarray(extras["kv_segments_BS"])).all()
     got = output_and_gradients(arrays, extras, mask=case.mask, implementation="pallas")
@@ -279,6 +320,7 @@ def test_the_tpu_kernel_gives_zero_to_a_query_whose_segment_has_no_keys():
     ("extras", "mask", "shapes", "reason"),
     [
         (Extras(bias=bias_of("both", 2)), Mask(), {}, "a bias of the scores"),
+        (Extras(relative=relative_of("past", (2, 128, 2, 64), 128)), Mask(), {}, "scores of queries with distances"),
         (Extras(prefix_BS=jnp.zeros((2, 128), bool)), Mask(), {}, "a prefix"),
         (Extras(), Mask(window=4, global_tokens=3), {}, "3 global tokens"),
         (Extras(), Mask(chunk=64, window=4), {}, "chunks of 64 with a window"),
@@ -329,12 +371,36 @@ def test_memory_with_a_bias_grows_with_the_length_and_not_with_its_square():
     assert run.memory_analysis().temp_size_in_bytes < H * T * T * 4 / 16
 
 
+def test_memory_with_scores_of_distances_grows_with_the_length_and_not_with_its_square():
+    T, H = 4096, 2
+    x, r = jax.ShapeDtypeStruct((1, T, H, 16), jnp.float32), jax.ShapeDtypeStruct((T, H, 16), jnp.float32)
+
+    def loss(q, k, v, r):
+        relative = Relative(2 * q, r, behind=T - 1)
+        return jnp.sum(attention(q, k, v, mask=Mask(), relative=relative, implementation="chunked"))
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(x, x, x, r).compile()
+    assert run.memory_analysis().temp_size_in_bytes < H * T * T * 4 / 8
+
+
 @pytest.mark.parametrize(
     ("extras", "message"),
     [
         ({"sinks_H": jnp.zeros(3)}, r"sinks \(3,\) do not fit 2 query heads"),
         ({"prefix_BS": jnp.zeros((2, 7), bool)}, r"a prefix bool \(2, 7\) is not bool \(2, 8\)"),
         ({"prefix_BS": jnp.zeros((2, 8), jnp.int32)}, r"a prefix int32 \(2, 8\) is not bool"),
+        (
+            {"relative": Relative(jnp.zeros((2, 8, 2, 8)), jnp.zeros((8, 1, 8)), behind=7)},
+            r"vectors of distances \(8, 1, 8\) do not fit queries \(2, 8, 2, 8\)",
+        ),
+        (
+            {"relative": Relative(jnp.zeros((2, 7, 2, 8)), jnp.zeros((8, 2, 8)), behind=7)},
+            r"queries of distances \(2, 7, 2, 8\) do not fit",
+        ),
+        (
+            {"relative": Relative(jnp.zeros((2, 8, 2, 8)), jnp.zeros((8, 2, 8)), behind=8)},
+            "of 8 vectors of distances, number 8 is not of distance 0",
+        ),
         ({"bias": Alibi(jnp.zeros(3))}, r"a bias \(3,\) does not fit 2 query heads"),
         ({"bias": RelativeBias(jnp.zeros((8, 3)))}, r"a bias \(8, 3\) does not fit 2 query heads"),
         ({"bias": RelativeBias(jnp.zeros((2, 2)))}, "does not reach to a distance of 128"),

@@ -61,14 +61,18 @@ def attention(q, k, v, do, allowed_BTS, scale: float, softcap: float | None) -> 
 
 
 def attention_with(
-    q, k, v, do, allowed_BTS, scale: float, softcap: float | None, sinks_H=None, bias_HTS=None
+    q, k, v, do, allowed_BTS, scale: float, softcap: float | None, sinks_H=None, bias_HTS=None, products_BHTS=None
 ) -> tuple[np.ndarray, ...]:
-    """The output and the gradients of q, k, v, the sinks, and the bias (`[H, T, S]`, over all rows)."""
+    """The output and the gradients of q, k, v, the sinks, the bias (`[H, T, S]`, over all rows), and of what is added
+    to the products of q and k."""
     q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
     B, T, H, K = q.shape
     S, G = k.shape[1:3]
     q, do = q.reshape(B, T, G, H // G, K), do.reshape(B, T, G, H // G, -1)
-    s = scale * np.einsum("btgrk,bsgk->bgrts", q, k)
+    s = np.einsum("btgrk,bsgk->bgrts", q, k)
+    if products_BHTS is not None:
+        s = s + np.asarray(products_BHTS, np.float64).reshape(s.shape)
+    s = scale * s
     slope = 1.0
     if softcap is not None:
         s = softcap * np.tanh(s / softcap)
@@ -87,7 +91,7 @@ def attention_with(
     ds = scale * slope * ds
     dq, dk = np.einsum("bgrts,bsgk->btgrk", ds, k), np.einsum("bgrts,btgrk->bsgk", ds, q)
     dv = np.einsum("bgrts,btgrv->bsgv", p, do)
-    return o.reshape(B, T, H, -1), dq.reshape(B, T, H, K), dk, dv, dsinks, dbias
+    return o.reshape(B, T, H, -1), dq.reshape(B, T, H, K), dk, dv, dsinks, dbias, ds.reshape(B, H, T, S)
 
 
 def bucket(distance: int, n_buckets: int, max_distance: int, bidirectional: bool) -> int:

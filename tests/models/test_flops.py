@@ -32,6 +32,7 @@ VARIANTS = {
     "t5": tiny.T5,
     "bart": tiny.BART,
     "the original Transformer, untied": {**tiny.TRANSFORMER, "tied_embeddings": False},
+    "gopher, with a module ahead": {**tiny.GOPHER, "mtp_layers": 1},
     "norms of sums": {**tiny.GPT2, "norm_placement": "post"},
     "experts in every second layer": tiny_moe.QWEN3_MOE,
     "shared experts and a balancing bias": tiny_moe.DEEPSEEK,
@@ -86,6 +87,10 @@ def test_counts_are_those_published(published, sizes):
         ("phi3-mini", 3.82e9, 3.62e9),  # arXiv:2404.14219, abstract: 3.8B, its files 3.82B; two of 32,064 x 3072
         ("opt-6.7b", 6_658_473_984, 6.444e9),  # its released files; without tables of 50,272 and 2050 rows
         ("bloom-176b", 176.247e9, 172.65e9),  # arXiv:2211.05100, table 3; without 250,880 x 14,336
+        # Tables 1 of arXiv:2112.11446 and 4 of arXiv:2203.15556 give shapes and round sizes. By hand: 13 d_model^2 a
+        # layer, a thirteenth of it W_R; norms, u and v; 32,000 d_model.
+        ("gopher-280b", 13 * 80 * 16384**2 + 4 * 80 * 16384 + 16384 * 32001, 13 * 80 * 16384**2),
+        ("chinchilla-70b", 13 * 80 * 8192**2 + 4 * 80 * 8192 + 8192 * 32001, 13 * 80 * 8192**2),
         ("gpt3-175b", 174.6e9, 173.96e9),  # arXiv:2005.14165, table D.1; without tables of 50,257 and 2048 rows
     ],
 )

@@ -17,7 +17,8 @@ def test_bytes_of_a_cache_are_those_of_its_arrays(model, compute):
     run = tiny.config(model=model, precision={"compute": compute})
     program = tiny.program(run)
     with jax.set_mesh(program.mesh):
-        caches = jax.eval_shape(lambda: program.model.empty_caches(3, 16))
+        model = program.model
+        caches = jax.eval_shape(lambda: model.bind(model.init(jax.random.key(0))).empty_caches(3, 16))
     arrays = jax.tree.leaves(caches)
     assert cache_bytes_per_token(run.model, run.precision) * 3 * 16 == sum(x.size * x.dtype.itemsize for x in arrays)
     if run.model.latent is not None:

@@ -39,6 +39,12 @@ BRICKS = {
     "bart": tiny.BART,
     "the original Transformer": tiny.TRANSFORMER,
     "bloom": {**ours_dense.BLOOM, "tied_embeddings": False},
+    "Transformer-XL's positions, a window, a token further ahead": {
+        **tiny.GOPHER, "n_layers": 2, "n_kv_heads": 2, "attention_window": 6, "mtp_layers": 1
+    },
+    "Transformer-XL's positions, both ways": {
+        **tiny.BERT, "n_layers": 2, "positions": "transformer_xl", "attention_softcap": 5.0
+    },
     **latents.MODELS,
     "experts in groups, shared ones, balanced by rows": tiny_moe.DEEPSEEK,
     "experts with biases, sinks": tiny_moe.GPT_OSS,

@@ -17,7 +17,7 @@ from maxlm.parallel.mesh import AXES, resolve_sizes
 from maxlm.planning import memory_model
 from maxlm.planning.compile import lower_on
 from maxlm.planning.memory_model import predicted_memory, state_bytes
-from maxlm.planning.roofline import Roofline, roofline
+from maxlm.planning.roofline import Roofline, attention_backward, roofline
 from maxlm.planning.topology import parse_topology
 from tests import latents, tiny, tiny_moe
 from tests.interop import ours_dense
@@ -54,6 +54,7 @@ MODELS = {
     "gemma3": ours_dense.GEMMA3 | {"n_kv_heads": 4},
     "bloom": ours_dense.BLOOM | {"n_heads": 4, "n_kv_heads": 4},
     "opt, heads normed together, embeddings normed": ours_dense.OPT | {"qk_norm": "all", "embedding_norm": True},
+    "gopher": tiny.GOPHER,
     **latents.PLANNED,
 }
 
@@ -162,10 +163,26 @@ def test_flops_are_those_of_the_program_that_the_compiler_is_given(model, remat,
     run = tiny.config(model=shape, mesh={"fsdp": 1})
     found = roofline(run, parse_topology("v5e:1x1"), resolve_sizes(run.mesh, 1))
     scores = {one.name: one.flops for one in found.parts if one.name.startswith("attention scores")}
-    whole = scores["attention scores"] * 3 / 3.5 + scores.get("attention scores, recomputed", 0)
+    backward = attention_backward(run.model)
+    whole = scores["attention scores"] * 3 / (1 + backward) + scores.get("attention scores, recomputed", 0)
     expected = sum(one.flops for one in found.parts) - sum(scores.values()) + whole * all_pairs_over_attended(run)
     lowered, _ = lower_on(run, jax.devices()[:1])
     assert flops_of_products(lowered.as_text(dialect="hlo")) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_distances_are_projected_once_for_all_rows(remat):
+    """Forward, made again or not, and one product of the backward pass: distances have no gradient."""
+    shape = tiny.GOPHER | {"vocab_size": 384, "attention_implementation": "reference", "remat": {"policy": remat}}
+    found = {}
+    for rows in (1, 4):
+        run = tiny.config(model=shape, mesh={"fsdp": 1}, train={"global_batch_tokens": 32 * rows})
+        lowered, _ = lower_on(run, jax.devices()[:1])
+        plan = roofline(run, parse_topology("v5e:1x1"), resolve_sizes(run.mesh, 1))
+        found[rows] = flops_of_products(lowered.as_text(dialect="hlo")), part(plan, "distance projections").flops
+    assert found[1][1] == found[4][1] == (3 if remat == "full" else 2) * 3 * 2 * 32 * 64 * 64
+    # What does not grow with the rows.
+    assert (4 * found[1][0] - found[4][0]) / 3 == pytest.approx(found[1][1], rel=1e-6)
 
 
 @pytest.mark.parametrize(
