@@ -9,9 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.processes import FAST_COMPILATION
+
 # Before the first import of jax: its backend reads these once.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {FAST_COMPILATION}"
 
 import jax
 import pytest
