@@ -112,7 +112,8 @@ def run_segment(
     """
     names = [stack.name for stack in segment]
     if caches is not None and not isinstance(blocks[names[0]], Block):
-        return *_run_one_by_one(segment, blocks, x_BTD, context, caches, encoded), {}
+        x_BTD, written = _run_one_by_one(segment, blocks, x_BTD, context, caches, encoded)
+        return x_BTD, written, {}
     graphs, stacked = zip(*(nnx.split(blocks[name]) for name in names), strict=True)
 
     def layer(graph, x_BTD, params, cache, encoded, noise_key=None):
