@@ -29,8 +29,8 @@ def check_grid(spec: SweepSpec, runs: Sequence[PlannedRun]) -> Iterator[str]:
         yield from _check_budget(budget, spec.centre(number), spec.span, here)
     if few := [run.name for run in runs if run.steps < FEW_STEPS]:
         yield (
-            f"{_named(few)} {'has' if len(few) == 1 else 'have'} fewer than {FEW_STEPS} steps, too few for an optimizer "
-            "to settle: make the batch smaller"
+            f"{_named(few)} {'has' if len(few) == 1 else 'have'} fewer than {FEW_STEPS} steps, too few for an "
+            "optimizer to settle: make the batch smaller"
         )
 
 
@@ -52,8 +52,8 @@ def _check_budget(budget: float, centre: float, span: float, runs: Sequence[Plan
             yield f"{label}: {shown}, which is off the centre, {centre:.3g}, by {abs(off):.0%} of the span"
     if len(runs) > 1 and sizes[-1] < LEAST_RANGE * sizes[0]:
         yield (
-            f"{label}: its largest model is {sizes[-1] / sizes[0]:.2g} times its smallest, too narrow for its parabola, "
-            f"which needs {LEAST_RANGE:g} times: losses would differ by no more than seeds do (span)"
+            f"{label}: its largest model is {sizes[-1] / sizes[0]:.2g} times its smallest, too narrow for its "
+            f"parabola, which needs {LEAST_RANGE:g} times: losses would differ by no more than seeds do (span)"
         )
 
 

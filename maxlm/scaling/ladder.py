@@ -154,7 +154,7 @@ class _Grid:
             for target in targets[number]:
                 best = min(
                     family,
-                    key=lambda sized: abs(math.log(sized.tokens(budget) / sized.size / target)),  # noqa: B023
+                    key=lambda sized: abs(math.log(sized.tokens(budget) / sized.size / target)),
                 )
                 name = f"c{short(budget)}-{shape_name(best.shape)}"
                 if name in taken:
@@ -172,7 +172,7 @@ class _Grid:
                 break
         taken: set[str] = set()
         for size in spec.sizes:
-            best = min(family, key=lambda sized: abs(math.log(sized.size / size)))  # noqa: B023
+            best = min(family, key=lambda sized: abs(math.log(sized.size / size)))
             name = shape_name(best.shape)
             if name in taken:
                 self._duplicate(f"sizes: {size:.4g} parameters", best.shape)
@@ -262,8 +262,8 @@ class _Grid:
         steps = lengths[0] / (nearest * unit)
         raise ConfigError(
             f"run {name}: {lengths[0]:,.0f} tokens are {steps:.1f} steps of {nearest * unit:,} tokens, and no batch "
-            f"from {BATCH_RANGE[0]:g} to {BATCH_RANGE[1]:g} times as large comes within {TOLERANCE:.0%} in whole steps; "
-            f"make the batch smaller (batch.{'value' if rule.rule == 'power' else 'multiplier'}, batch.multiple, "
+            f"from {BATCH_RANGE[0]:g} to {BATCH_RANGE[1]:g} times as large comes within {TOLERANCE:.0%} in whole "
+            f"steps; make the batch smaller (batch.{'value' if rule.rule == 'power' else 'multiplier'}, batch.multiple, "
             "overrides.train.seq_len), or the budget larger"
         )
 

@@ -96,8 +96,8 @@ class SweepSpec(Section):
     sizes: tuple[float, ...] = key((), "in place of `budgets`: parameters of the models, ascending")
     tokens_per_parameter: tuple[float, ...] = key(
         (20.0,),
-        "with `budgets`: the middle of each budget's range, one for all or one for each; with `sizes`: the lengths that "
-        "every size is trained for (20: Chinchilla, arXiv:2203.15556)",
+        "with `budgets`: the middle of each budget's range, one for all or one for each; with `sizes`: the lengths "
+        "that every size is trained for (20: Chinchilla, arXiv:2203.15556)",
         min_length=1,
     )
     size_of: Literal["total", "non_embedding", "active"] = key(
