@@ -251,7 +251,7 @@ class _Grid:
     def _batch(self, scale: Scale, lengths: list[float], name: str) -> int:
         """Tokens of a step: whole rows, near the rule's, such that whole steps make up all `lengths` to TOLERANCE."""
         train, rule = self.sweep.base.train, self.sweep.spec.batch
-        unit = train.seq_len * math.lcm(rule.multiple, train.accumulation)
+        unit = train.seq_len * rule.multiple * train.accumulation
         wanted = rule.at(scale)
         nearest = max(1, round(wanted / unit))
         low, high = (math.ceil(BATCH_RANGE[0] * nearest), math.floor(BATCH_RANGE[1] * nearest))
@@ -259,12 +259,12 @@ class _Grid:
             batch = units * unit
             if all(abs(round(length / batch) * batch / length - 1) <= TOLERANCE for length in lengths):
                 return batch
-        steps = lengths[0] / (nearest * unit)
+        steps, smaller = lengths[0] / (nearest * unit), "value" if rule.rule == "power" else "multiplier"
         raise ConfigError(
             f"run {name}: {lengths[0]:,.0f} tokens are {steps:.1f} steps of {nearest * unit:,} tokens, and no batch "
-            f"from {BATCH_RANGE[0]:g} to {BATCH_RANGE[1]:g} times as large comes within {TOLERANCE:.0%} in whole "
-            f"steps; make the batch smaller (batch.{'value' if rule.rule == 'power' else 'multiplier'}, batch.multiple, "
-            "overrides.train.seq_len), or the budget larger"
+            f"from {BATCH_RANGE[0]:g} to {BATCH_RANGE[1]:g} times as large comes within {TOLERANCE:.0%} in "
+            f"whole steps; make the batch smaller (batch.{smaller}, batch.multiple, overrides.train.seq_len), or the "
+            "budget larger"
         )
 
 

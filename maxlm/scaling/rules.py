@@ -91,8 +91,8 @@ class PowerLaw(Section):
             )
         else:
             found = published[rule].value(scale)
-        found = max(found * self.multiplier, self.minimum or 0)
-        return min(found, self.maximum or math.inf)
+        found = max(found * self.multiplier, -math.inf if self.minimum is None else self.minimum)
+        return min(found, math.inf if self.maximum is None else self.maximum)
 
     def check(self, rule: str) -> None:
         """Raises ValueError where the keys are not those of the rule."""
@@ -133,7 +133,7 @@ class BatchRule(PowerLaw):
     rule: Literal["power", "deepseek", "step_law"] = key(
         "step_law", "power: by the keys below; the others as " + "; ".join(r.source for r in BATCHES.values())
     )
-    multiple: int = key(1, "a batch is a multiple of so many rows, which the devices share out", unit="rows", ge=1)
+    multiple: int = key(1, "a microbatch is a multiple of so many rows, which the devices share out", unit="rows", ge=1)
 
     @model_validator(mode="after")
     def _keys_fit(self) -> BatchRule:

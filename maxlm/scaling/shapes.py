@@ -23,7 +23,11 @@ class ShapeConfig(Section):
     )
     head_dim: int | None = key(None, "width of a head; the number of heads follows", unit="channels", ge=1)
     d_model_multiple: int | None = key(
-        None, "d_model is a multiple of this, itself one of head_dim; head_dim where not given", unit="channels", ge=1
+        None,
+        "d_model is a multiple of this, itself one of head_dim and of the heads that share keys and values; the least "
+        "such where not given",
+        unit="channels",
+        ge=1,
     )
     d_ff_ratio: float | None = key(None, "d_ff / d_model", gt=0)
     d_ff_multiple: int | None = key(
@@ -60,13 +64,22 @@ class Family:
     @property
     def d_model_multiple(self) -> int:
         """Raises ConfigError where the heads do not divide it."""
-        multiple = self.rule.d_model_multiple or self.head_dim
-        if self._plain_heads and multiple % self.head_dim:
+        least = self.head_dim * (self.group if self._plain_heads else 1)
+        multiple = self.rule.d_model_multiple or least
+        if self._plain_heads and multiple % least:
+            heads = (
+                f", in groups of {self.group} that share keys and values (model.n_kv_heads)" if self.group > 1 else ""
+            )
             raise ConfigError(
-                f"shape.d_model_multiple = {multiple} is not a multiple of the heads' width, {self.head_dim}; give "
-                "shape.head_dim, or another multiple"
+                f"shape.d_model_multiple = {multiple} is not a multiple of {least}: heads are {self.head_dim} "
+                f"wide{heads}; give a smaller shape.head_dim, or another multiple"
             )
         return multiple
+
+    @property
+    def group(self) -> int:
+        """Query heads that share keys and values, in every shape as in the base; 1 too where all of them do."""
+        return 1 if self.base.kv_heads == 1 else self.base.n_heads // self.base.kv_heads
 
     @property
     def _plain_heads(self) -> bool:
@@ -109,12 +122,10 @@ class Family:
 
     def _heads(self, d_model: int) -> dict[str, Any]:
         base, width = self.base, self.head_dim
-        n_heads = max(1, round(d_model / base.d_model * base.n_heads * base.head_width / width))
+        n_heads = nearest_multiple(d_model / base.d_model * base.n_heads * base.head_width / width, self.group)
         changes: dict[str, Any] = {"n_heads": n_heads}
         if base.n_kv_heads is not None:
-            wanted = n_heads * base.n_kv_heads / base.n_heads
-            divisors = (n for n in range(1, n_heads + 1) if n_heads % n == 0)
-            changes["n_kv_heads"] = min(divisors, key=lambda n: (abs(math.log(n / wanted)), n))
+            changes["n_kv_heads"] = 1 if base.kv_heads == 1 else n_heads // self.group
         if base.latent is None and (base.head_dim is not None or n_heads * width != d_model):
             changes["head_dim"] = width
         return changes

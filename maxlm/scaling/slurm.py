@@ -10,6 +10,21 @@ from maxlm.files import write_atomically
 from maxlm.scaling.ladder import Ladder
 from maxlm.scaling.sweep import tasks
 
+LEAVE_SECONDS = 180
+"""before a task's time is up it is asked to leave: its runs save, and it is queued again"""
+
+TASK = """\
+leave() {{
+  kill -TERM "$task"
+  wait "$task" || true
+  scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
+}}
+trap leave TERM
+{command} --only "$SLURM_ARRAY_TASK_ID" &
+task=$!
+wait "$task"
+"""
+
 PREPARE, ARRAY, SUBMIT = "prepare.sbatch", "runs.sbatch", "submit.sh"
 
 
@@ -32,9 +47,8 @@ def render(
     body = f"set -euo pipefail\ncd {shlex.quote(str(Path.cwd()))}\n"
     scripts = {
         PREPARE: f"{head}-prepare\n#SBATCH --output={logs}/prepare-%j.log\n{common}{body}exec {command} --prepare\n",
-        # A run asks to be killed two minutes early: it then saves, and the requeued task goes on from there.
         ARRAY: f"{head}\n#SBATCH --array=0-{last}%{at_once}\n#SBATCH --output={logs}/task-%A-%a.log\n"
-        f'#SBATCH --requeue\n#SBATCH --signal=B:TERM@120\n{common}{body}exec {command} --only "$SLURM_ARRAY_TASK_ID"\n',
+        f"#SBATCH --requeue\n#SBATCH --signal=B:TERM@{LEAVE_SECONDS}\n{common}{body}{TASK.format(command=command)}",
         SUBMIT: f"#!/usr/bin/env bash\n# {last + 1} tasks of {len(ladder.runs)} runs; {at_once} at once.\n"
         "set -euo pipefail\n"
         f"mkdir -p {shlex.quote(str(logs))}\ncd {shlex.quote(str(folder.absolute()))}\n"

@@ -130,35 +130,26 @@ class SweepSpec(Section):
     def _folder_with_name(cls, value: str, info: ValidationInfo) -> str:
         return value.replace("{name}", info.data.get("name", "{name}"))
 
-    @model_validator(mode="after")
-    def _lists_can_be(self) -> SweepSpec:
-        if bool(self.budgets) == bool(self.sizes):
-            both = "both are" if self.budgets else "neither is"
-            raise ValueError(f"budgets or sizes must be given, and {both}")
-        for name in ("budgets", "sizes", "tokens_per_parameter"):
-            values = getattr(self, name)
-            if any(value <= 0 for value in values):
-                raise ValueError(f"{name} must be above 0, and {min(values):g} is among them")
-            ascending = name != "tokens_per_parameter" or self.sizes
-            if ascending and any(b < 1.01 * a for a, b in itertools.pairwise(values)):
-                raise ValueError(f"{name} must ascend, each more than 1% above the one before")
-        if self.budgets and len(self.tokens_per_parameter) not in (1, len(self.budgets)):
-            raise ValueError(
-                f"tokens_per_parameter has {len(self.tokens_per_parameter)} values for {len(self.budgets)} budgets; "
-                "give one for all, or one for each"
-            )
-        if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"seeds = {list(self.seeds)} must differ, and be at least 0")
-        return self
+    @field_validator("budgets", "sizes", "tokens_per_parameter")
+    @classmethod
+    def _are_above_zero(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if any(value <= 0 for value in values):
+            raise ValueError(f"must be above 0, and {min(values):g} is among them")
+        return values
 
-    @model_validator(mode="after")
-    def _keys_go_together(self) -> SweepSpec:
-        if self.decay.branches and self.budgets:
-            raise ValueError(
-                "decay.branches = true goes with `sizes`: the runs of a budget have models of different sizes, and no "
-                "trunk in common"
-            )
-        return self
+    @field_validator("budgets", "sizes")
+    @classmethod
+    def _ascend(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if any(b < 1.01 * a for a, b in itertools.pairwise(values)):
+            raise ValueError("must ascend, each more than 1% above the one before")
+        return values
+
+    @field_validator("seeds")
+    @classmethod
+    def _differ(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(values)) != len(values) or min(values) < 0:
+            raise ValueError(f"{list(values)} must differ, and be at least 0")
+        return values
 
     def centre(self, budget: int) -> float:
         """Tokens a parameter in the middle of a budget, by its number."""
@@ -201,10 +192,35 @@ def load_sweep(path_or_name: str | Path) -> Sweep:
     if "name" not in tree.data:
         tree.data["name"] = re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9._-]", "", path.stem) or "sweep"
     spec = validate(SweepSpec, tree, str(path))
+    _check_keys(path, spec, tree)
     merged = _base_tree(path, spec, tree).merged_with(Tree(DEFAULTS, {})).merged_with(_overrides(tree))
     base = validate(RunConfig, merged, str(path))
     _check_base(path, spec, tree, base)
     return Sweep(path, spec, merged, base)
+
+
+def _check_keys(path: Path, spec: SweepSpec, tree: Tree) -> None:
+    """What holds between keys. Raises ConfigError."""
+
+    def wrong(key: str, message: str) -> ConfigError:
+        return ConfigError(f"{tree.origin(tuple(key.split('.'))) or path}: {message}")
+
+    n_budgets, lengths = len(spec.budgets), spec.tokens_per_parameter
+    if bool(spec.budgets) == bool(spec.sizes):
+        raise wrong("sizes", f"budgets or sizes must be given, and {'both are' if n_budgets else 'neither is'}")
+    if spec.budgets and len(lengths) not in (1, n_budgets):
+        raise wrong(
+            "tokens_per_parameter",
+            f"tokens_per_parameter has {len(lengths)} values for {n_budgets} budgets; give one for all, or one for each",
+        )
+    if spec.sizes and any(b < 1.01 * a for a, b in itertools.pairwise(lengths)):
+        raise wrong("tokens_per_parameter", "tokens_per_parameter must ascend, each more than 1% above the one before")
+    if spec.decay.branches and spec.budgets:
+        raise wrong(
+            "decay.branches",
+            "decay.branches = true goes with `sizes`: the runs of a budget have models of different sizes, and no trunk "
+            "in common",
+        )
 
 
 def _find(text: str) -> Path:
