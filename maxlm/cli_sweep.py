@@ -20,7 +20,104 @@ def add_sweep(commands: Any) -> None:
     """The group `sweep` in the grammar of the command line."""
     sweep = commands.add_parser("sweep", help="scaling laws: budgets to runs, runs to laws, laws to the next model")
     group = sweep.add_subparsers(metavar="COMMAND", required=True)
+    _add_ladder(group)
     _add_fit(group)
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Prints the runs that a sweep would make: shapes, tokens, FLOPs, memory, time, cost, and what to mind."""
+    from maxlm.scaling.ladder import make_ladder
+    from maxlm.scaling.spec import load_sweep
+    from maxlm.scaling.tables import print_plan
+
+    print_plan(make_ladder(load_sweep(args.spec)), args.json)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains the runs of a sweep, from wherever they are, into one table; or renders them for a scheduler."""
+    if args.prepare:
+        from maxlm.scaling.sweep import prepare_sweep
+
+        prepare_sweep(args.spec)
+        return
+    if args.render is not None:
+        _render(args)
+        return
+    from functools import partial
+
+    from maxlm.scaling.sweep import run_sweep
+
+    say = partial(print, flush=True)
+    run_sweep(args.spec, jobs=args.jobs, only=args.only, parquet=args.parquet, say=say)
+
+
+def _render(args: argparse.Namespace) -> None:
+    from maxlm.scaling.ladder import make_ladder
+    from maxlm.scaling.slurm import render
+    from maxlm.scaling.spec import load_sweep
+
+    _, folder = args.render
+    options = tuple(args.sbatch)
+    *_, submit = render(make_ladder(load_sweep(args.spec)), args.spec, Path(folder), at_once=args.jobs, options=options)
+    print(f"wrote {submit}; submit the sweep with: {submit}")
+
+
+def status(args: argparse.Namespace) -> None:
+    """Says where the runs of a sweep are, and brings their table up to date."""
+    from maxlm.scaling.collect import collect
+    from maxlm.scaling.ladder import make_ladder
+    from maxlm.scaling.spec import load_sweep
+    from maxlm.scaling.tables import print_status, watch
+
+    ladder = make_ladder(load_sweep(args.spec))
+    if args.watch:
+        watch(lambda: collect(ladder, parquet=args.parquet))
+        return
+    print_status(collect(ladder, parquet=args.parquet), args.json)
+
+
+def _add_ladder(commands: Any) -> None:
+    command = add_command(commands, "plan", plan)
+    _with_spec(command)
+    with_json(command)
+
+    command = add_command(commands, "run", run)
+    _with_spec(command)
+    command.add_argument("--jobs", type=at_least(1), default=1, metavar="N", help="runs at once (default: 1)")
+    command.add_argument(
+        "--only", type=at_least(0), action="append", default=[], metavar="K",
+        help="the runs of task K alone, from 0; may be given several times",
+    )  # fmt: skip
+    command.add_argument("--parquet", action="store_true", help="write runs.parquet beside runs.csv")
+    what = command.add_mutually_exclusive_group()
+    what.add_argument("--prepare", action="store_true", help="tokenizer, token store and configs alone; no run")
+    what.add_argument(
+        "--render", nargs=2, action=_Scheduler, metavar=("SCHEDULER", "DIR"),
+        help="slurm DIR: write scripts for an array job, --jobs tasks at once, in place of running",
+    )  # fmt: skip
+    command.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION",
+        help="--render: an option of sbatch, such as --sbatch=--gpus=8; may be given several times",
+    )  # fmt: skip
+
+    command = add_command(commands, "status", status)
+    _with_spec(command)
+    command.add_argument("--watch", action="store_true", help="stay, and show it live")
+    command.add_argument("--parquet", action="store_true", help="write runs.parquet beside runs.csv")
+    with_json(command)
+
+
+def _with_spec(command: argparse.ArgumentParser) -> None:
+    command.add_argument("spec", metavar="SPEC", help="a sweep's YAML file, or the name of a packaged one")
+
+
+class _Scheduler(argparse.Action):
+    """Two words, the first of which is a scheduler that we render for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if values[0] != "slurm":
+            parser.error(f"--render {values[0]}: not a scheduler that scripts can be made for; slurm is")
+        setattr(namespace, self.dest, values)
 
 
 def fit(args: argparse.Namespace) -> None:
