@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from maxlm.cli_parsers import above_zero, add_command, at_least, with_json
+from maxlm.cli_parsers import above_zero, add_command, at_least, fraction, with_json
 from maxlm.errors import ConfigError
 
 # As maxlm.scaling.laws and frontier have them; here because the grammar must not import NumPy. A test compares.
@@ -22,6 +22,7 @@ def add_sweep(commands: Any) -> None:
     group = sweep.add_subparsers(metavar="COMMAND", required=True)
     _add_ladder(group)
     _add_fit(group)
+    _add_optimum(group)
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -185,3 +186,114 @@ def _renamed(text: str) -> tuple[str, str]:
     if not (name and equals and theirs):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=THEIRS, such as n_params=Size")
     return name, theirs
+
+
+# As maxlm.scaling.optimum has them, for the same reason as LAW_NAMES.
+OPTIMUM_LAW_NAMES = ("chinchilla", "over-training", "kaplan-nd", "data-constrained", "approach1", "approach2")
+
+
+def optimum(args: argparse.Namespace) -> None:
+    """Says which model to train for a FLOP budget, by a law fitted to a table of runs, and writes its config."""
+    from maxlm.console import print_json
+    from maxlm.errors import DataError
+    from maxlm.scaling.optimum import Question
+    from maxlm.scaling.optimum import optimum as run
+    from maxlm.scaling.result import FitOptions
+    from maxlm.scaling.show_optimum import print_answer
+
+    if args.out and args.config is None:
+        raise ConfigError(
+            "--out needs --config BASE: a config, or a sweep's specification, that has the model's family"
+        )
+    hardware, flops, reasons = _budget(args)
+    question = Question(
+        flops=flops, served_tokens=args.served_tokens or 0.0, same_loss=args.same_loss, max_tokens=args.max_tokens,
+        unique_tokens=args.unique_tokens, max_params=args.max_params, reasons=reasons,
+    )  # fmt: skip
+    options = FitOptions(resamples=args.resamples, seed=args.seed)
+    columns = dict(args.column)
+    found = run(args.table, question, args.law, options, columns=columns, base=args.config, hardware=hardware)
+    if args.json:
+        print_json(found.to_dict())
+    else:
+        print_answer(found)
+    if args.out is None:
+        return
+    if not found.fit.trusted and not args.force:
+        raise DataError(
+            f"{args.out}: not written, since the fit is not to be trusted. Mend what its warnings name (more budgets, "
+            "sizes or runs), or write the config all the same with --force"
+        )
+    from maxlm.scaling.next_model import write_model
+
+    write_model(found, args.out)
+    if not args.json:
+        print(f"\nwrote {args.out}; train it with: maxlm train {args.out}")
+
+
+def _budget(args: argparse.Namespace) -> tuple[Any, float, dict[str, str]]:
+    """The hardware if there is any, the FLOPs, and where they come from."""
+    if args.topology is None:
+        if args.days is not None or args.mfu is not None or args.slices > 1:
+            raise ConfigError("--days, --mfu and --slices are of hardware; name it with --topology")
+        if args.flops is None:
+            raise ConfigError("no budget: give --flops, or --topology with --days")
+        return None, args.flops, {}
+    from maxlm.planning.topology import parse_topology
+    from maxlm.scaling.hardware import DEFAULT_MFU, Hardware
+
+    hardware = Hardware(parse_topology(args.topology, args.slices), args.days, args.mfu or DEFAULT_MFU)
+    available = hardware.flops()
+    if available is None and args.mfu is not None:
+        raise ConfigError(f"--mfu {args.mfu:g} says how many FLOPs --days have; give --days too")
+    if available is None and args.config is None:
+        raise ConfigError("--topology alone says nothing: give --days for its FLOPs, or --config BASE for its memory")
+    if available is None and args.flops is None:
+        raise ConfigError("no budget: give --flops, or --days of the topology")
+    if available is not None and (args.flops is None or available < args.flops):
+        return hardware, available, {"flops": hardware.label}
+    return hardware, args.flops, {}
+
+
+def _add_optimum(commands: Any) -> None:
+    command = add_command(commands, "optimum", optimum)
+    command.add_argument("table", type=Path, metavar="TABLE", help="CSV, Parquet, or a sweep's folder")
+    command.add_argument("--flops", type=above_zero, metavar="C", help="the budget, in FLOPs")
+    command.add_argument(
+        "--law", choices=list(OPTIMUM_LAW_NAMES), default="chinchilla", metavar="NAME",
+        help=f"by which law (default: chinchilla): {', '.join(OPTIMUM_LAW_NAMES)}",
+    )  # fmt: skip
+    what = command.add_argument_group("what bounds the answer")
+    what.add_argument(
+        "--served-tokens", type=above_zero, metavar="T",
+        help="tokens that the model will serve: the budget is of training and serving, 6ND + 2NT",
+    )  # fmt: skip
+    what.add_argument(
+        "--same-loss", action="store_true",
+        help="with --served-tokens: the loss that --flops of training reach, for the fewest FLOPs in all",
+    )  # fmt: skip
+    what.add_argument("--max-tokens", type=above_zero, metavar="D", help="train on no more tokens")
+    what.add_argument(
+        "--unique-tokens", type=above_zero, metavar="U",
+        help="the tokens that there are; with --law data-constrained they may be repeated",
+    )  # fmt: skip
+    what.add_argument("--max-params", type=above_zero, metavar="N", help="no larger model")
+    what.add_argument("--topology", metavar="T", help="with --config: the model must fit it: v5p:4x4x4, h100:16x8")
+    what.add_argument("--slices", type=at_least(1), default=1, metavar="N", help="TPU slices (default: 1)")
+    what.add_argument("--days", type=above_zero, metavar="X", help="the FLOPs of so many days of the topology")
+    what.add_argument("--mfu", type=fraction, metavar="M", help="that --days are counted at (default: 0.4)")
+    model = command.add_argument_group("the model")
+    model.add_argument(
+        "--config", metavar="BASE", help="a config or a sweep's specification, whose family the model is of"
+    )
+    model.add_argument("--out", type=Path, metavar="FILE", help="write the model's config")
+    model.add_argument("--force", action="store_true", help="write it though the fit is not to be trusted")
+    command.add_argument(
+        "--resamples", type=at_least(0), default=2000, metavar="N", help="of the bootstrap (default: 2000; 0: none)"
+    )
+    command.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the bootstrap (default: 0)")
+    command.add_argument(
+        "--column", type=_renamed, action="append", default=[], metavar="NAME=THEIRS",
+        help="which column of the table is which of ours, such as n_params=Size",
+    )  # fmt: skip
+    with_json(command)

@@ -289,6 +289,17 @@ def make_ladder(sweep: Sweep) -> Ladder:
     return Ladder(sweep, tuple(runs), tuple(grid.left_out), tuple(warnings))
 
 
+def one_run(sweep: Sweep, shape: Shape, tokens: float, name: str) -> PlannedRun:
+    """The run of one shape for so many tokens, by the sweep's rules, whose budgets, sizes and caps are not looked at.
+
+    Raises ConfigError where a rule makes no batch or no config.
+    """
+    spec = sweep.spec.model_copy(update={"seeds": sweep.spec.seeds[:1]})
+    grid = _Grid(replace(sweep, spec=spec))
+    (run,) = grid._runs(grid._sized(shape), [tokens], [name], None)
+    return run
+
+
 def _without_lost_trunks(runs: list[PlannedRun]) -> list[PlannedRun]:
     """Branches whose trunk a cap leaves out: the longest that is left becomes the trunk of the others."""
     names = {run.name for run in runs}
