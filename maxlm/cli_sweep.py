@@ -124,8 +124,8 @@ class _Scheduler(argparse.Action):
 def fit(args: argparse.Namespace) -> None:
     """Fits a scaling law to a table of runs, with intervals, a back-test, and what is wrong with it in words."""
     from maxlm.console import print_json
-    from maxlm.scaling.fitting import FitOptions
     from maxlm.scaling.fitting import fit as run
+    from maxlm.scaling.result import FitOptions
     from maxlm.scaling.show import print_fit, print_laws
 
     if args.laws:

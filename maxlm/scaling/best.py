@@ -18,7 +18,7 @@ REACH = 2
 
 
 def cells(table: RunTable, names: Sequence[str]) -> np.ndarray:
-    """A number from 0 for each combination of the columns `names` (FLOPs by budget), `[n]`; absent columns do not count."""
+    """A number from 0 for each combination of the columns `names` that there are (FLOPs by budget), `[n]`."""
     keys = [
         budgets(table, BUDGET_SPREAD) if name == "flops" else binned(table.columns[name], SAME)
         for name in names
@@ -43,26 +43,21 @@ def best_runs(table: RunTable, by: Sequence[str], law: str) -> tuple[RunTable, l
     return table.take(keep), [Finding("best", told)]
 
 
-def best_settings(table: RunTable, target: str, over: Sequence[str]) -> tuple[RunTable, list[Finding]]:
-    """The best value of `target` at each point of the columns `over`: the minimum of a parabola in log loss and log value.
+def best_settings(table: RunTable, target: str) -> tuple[RunTable, list[Finding]]:
+    """The best value of `target` for each size and token count: the minimum of a parabola of log loss in its logarithm.
 
     It goes through the best run and those up to two beside it, of the least loss at each value. Points whose best value
-    is the least or greatest tried are left out, and so are those with fewer than 3 values. A table with one value at each
-    point has the best ones already. Raises DataError where no point is left.
+    is the least or greatest tried are left out, and so are those with fewer than 3 values. A table without losses, or
+    with one value at each point, has the best ones already. Raises DataError where no point is left.
     """
-    group, setting = cells(table, over), table.columns[target]
-    values = [np.unique(binned(setting[group == at], SAME)).size for at in range(group.max() + 1)]
-    if max(values) == 1:
-        return table, []
     if "loss" not in table.columns:
-        raise DataError(
-            f"{table.source}: several values of {target} at one point, and no column loss to choose the best"
-        )
+        return table, []
+    group, setting = cells(table, ("n_params", "n_tokens")), table.columns[target]
+    if all(np.unique(binned(setting[group == at], SAME)).size == 1 for at in range(group.max() + 1)):
+        return table, []
     found, few, edge = np.full(len(table), np.nan), np.zeros(len(table), bool), np.zeros(len(table), bool)
     for at in range(group.max() + 1):
-        rows = np.flatnonzero((group == at) & np.isfinite(table.columns["loss"]))
-        if not len(rows):
-            continue
+        rows = np.flatnonzero(group == at)
         tried, loss = _profile(setting[rows], table.columns["loss"][rows])
         low = int(np.argmin(loss))
         at_best = rows[np.argmin(table.columns["loss"][rows])]

@@ -22,7 +22,9 @@ ROUNDING = 1e-6
 MAX_ITERATIONS = 300
 # Elements of a Jacobian in one chunk: 8 MB, which stays in a core's cache for the most part.
 CHUNK_ELEMENTS = 1 << 20
-MAX_DAMPING = 1e10
+FIRST_DAMPING = 1.0
+LESS, MORE = 0.2, 10.0
+MIN_DAMPING, RESTART_DAMPING, MAX_DAMPING = 1e-12, 1e-3, 1e10
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class _Descent:
     def run(self) -> Minima:
         y, weights = self.y, self.weights
         theta, alive = self.theta.copy(), np.arange(len(self.theta))
-        damping = np.full(len(alive), 1e-2)
+        damping = np.full(len(alive), FIRST_DAMPING)
         now = self._measure(theta, y, weights)
         values = np.empty(len(theta))
         for iteration in range(MAX_ITERATIONS + 1):
@@ -113,7 +115,9 @@ class _Descent:
             good = (then.value < now.value) | (same & (then.norm < now.norm))
             theta = np.where(good[:, None], trial, theta)
             now.put(good, then)
-            damping = np.where(good, np.maximum(damping * 0.1, 1e-12), np.maximum(damping, 1e-8) * 6.0)
+            damping = np.where(
+                good, np.maximum(damping * LESS, MIN_DAMPING), np.maximum(damping, RESTART_DAMPING) * MORE
+            )
         return Minima(self.theta, values, self.gradient_norm, self.converged, self.iterations)
 
     def _step(self, theta: np.ndarray, now: _State, weights: np.ndarray, damping: np.ndarray) -> np.ndarray:

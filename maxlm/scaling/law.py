@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-TINY = 1e-300
+# Of the geometric mean of the losses: below it a prediction is 0 in all but name, and its logarithm is kept finite.
+TINY = 1e-12
 # How many rows of the grid of exponents are solved together.
 GRID_CHUNK = 64
 
@@ -53,8 +54,8 @@ class Law(ABC):
     delta: float = 1e-3
     # Rows that this law is about: of those that agree in these columns, the best; no columns, all rows.
     best_of: tuple[str, ...] = ()
-    # The target is a setting, and its rows are the best ones at each point of these columns.
-    optimum_over: tuple[str, ...] = ()
+    # The target is a setting of runs, of which the best is sought for each size and token count.
+    of_optima: bool = False
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -106,7 +106,7 @@ def _optimal(name: str, title: str, equation: str, source: str, target: str, fac
     """c x product of x^exponent for the best setting, found at each point of the grid."""
     return TermsLaw(
         name=name, title=title, equation=equation, source=source, columns=tuple(factors), target=target,
-        parameters=("c", *factors.values()), optimum_over=tuple(factors), delta=0.05,
+        parameters=("c", *factors.values()), of_optima=True, delta=0.05,
         terms=(Term("c", tuple((exponent, column, 1) for column, exponent in factors.items())),),
         exponents=tuple(Exponent(exponent, -3, 3, (-0.7, 0.0, 0.7)) for exponent in factors.values()),
     )  # fmt: skip

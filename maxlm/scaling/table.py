@@ -295,8 +295,10 @@ def _fill_in(table: RunTable, needed: Sequence[str], findings: list[Finding]) ->
         table = table.with_column("n_params_nonembedding", columns["n_params"])
         told = "n_params is taken for it, and if it counts embeddings, exponents come out larger (arXiv:2406.12907)"
         findings.append(Finding("derived", f"no column n_params_nonembedding: {told}"))
-    if "flops" not in columns and {"n_tokens", "n_params"} <= set(columns):
-        size = columns.get("n_params_active", columns["n_params"])
+    columns = table.columns
+    sizes = [columns[name] for name in ("n_params_active", "n_params", "n_params_nonembedding") if name in columns]
+    if "flops" not in columns and "n_tokens" in columns and sizes:
+        size = sizes[0]
         table = table.with_column("flops", 6 * size * columns["n_tokens"])
         if "flops" in needed:
             findings.append(Finding("derived", "no column flops: FLOPs are taken to be 6ND"))
