@@ -133,7 +133,7 @@ def test_caps_leave_runs_out_and_say_so_and_the_longest_branch_left_is_the_trunk
     [
         ({"sizes_per_budget": 3}, "budget 2e+09: 3 sizes, and its parabola needs 4"),
         ({"sizes_per_budget": 5, "span": 2}, "too narrow for its parabola"),
-        ({"tokens_per_parameter": [200.0], "span": 1600, "sizes_per_budget": 4}, "all fewer than the 200 in the middle"),
+        ({"tokens_per_parameter": [200.0], "span": 1600, "sizes_per_budget": 4}, "all fewer than the 200 in"),
         ({"tokens_per_parameter": [22.0], "span": 60, "sizes_per_budget": 4}, "off the centre, 22, by"),
         ({"sizes_per_budget": 6, "span": 2}, "the nearest shape is d24-l2 again, and it is taken once"),
         ({"unique_tokens": 10_000}, "more tokens than the 10,000 to train on, up to"),
