@@ -50,11 +50,11 @@ def test_the_grid_of_budgets_is_what_hand_computation_gives(tmp_path):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    budgets=st.lists(st.floats(2e9, 1e14), min_size=1, max_size=3, unique_by=lambda x: round(math.log(x) * 20)),
+    budgets=st.lists(st.floats(2e10, 1e14), min_size=1, max_size=3, unique_by=lambda x: round(math.log(x) * 20)),
     n=st.integers(2, 6),
     span=st.floats(4, 100),
     centre=st.floats(2, 40),
-    batch=st.integers(64, 3000),
+    batch=st.integers(64, 300),
     multiple=st.sampled_from([1, 2, 3]),
 )
 def test_flops_are_within_one_percent_of_the_budget_and_batches_whole(
@@ -64,11 +64,7 @@ def test_flops_are_within_one_percent_of_the_budget_and_batches_whole(
         "budgets": sorted(budgets), "sizes_per_budget": n, "span": span, "tokens_per_parameter": [centre],
         "batch": {"rule": "power", "value": batch, "multiple": multiple},
     }  # fmt: skip
-    try:
-        ladder = specs.ladder(tmp_path_factory.mktemp("g") / "s.yaml", **keys)
-    except ConfigError as error:
-        assert "comes within 1% in whole steps; make the batch smaller" in str(error)
-        return
+    ladder = specs.ladder(tmp_path_factory.mktemp("g") / "s.yaml", **keys)
     assert len({run.name for run in ladder.runs}) == len(ladder.runs)
     for run in ladder.runs:
         train, budget = run.config.train, run.budget

@@ -14,8 +14,7 @@ import pytest
 
 from maxlm.scaling.collect import collect, progress, read_attempts
 from maxlm.scaling.jobs import OUTPUT
-from maxlm.scaling.ladder import make_ladder
-from maxlm.scaling.spec import load_sweep
+from maxlm.scaling.sweep import plan
 from maxlm.scaling.table import read_table
 from tests import runs
 from tests.processes import ROOT, run_processes
@@ -59,15 +58,10 @@ def wait_for_step(folder: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-def kill_runs(folder: Path) -> None:
-    """Kills every process that holds a run's lock under `folder`."""
-    for lock in folder.glob("*/run.lock"):
-        holder = lock.read_text().strip()
-        if holder:
-            try:
-                os.kill(json.loads(holder)["pid"], signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+def kill_a_run(folder: Path) -> None:
+    """Kills one of the processes that hold a run's lock under `folder`."""
+    holders = [lock.read_text().strip() for lock in sorted(folder.glob("*/run.lock"))]
+    os.kill(next(json.loads(holder)["pid"] for holder in holders if holder), signal.SIGKILL)
 
 
 def results(folder: Path) -> list[dict]:
@@ -94,7 +88,7 @@ def undisturbed(store, tmp_path_factory):
 
 
 def test_a_sweep_makes_ordinary_run_folders_and_one_table_of_them(undisturbed):
-    ladder = make_ladder(load_sweep(undisturbed))
+    ladder = plan(undisturbed)
     folder = ladder.sweep.folder
     assert {path.name for path in folder.iterdir() if (path / "config.yaml").exists()} == {r.name for r in ladder.runs}
     table = read_table(folder)
@@ -114,7 +108,7 @@ def test_a_sweep_makes_ordinary_run_folders_and_one_table_of_them(undisturbed):
 
 
 def test_a_branch_is_bit_for_bit_the_run_that_was_never_branched(undisturbed, tmp_path):
-    branch = make_ladder(load_sweep(undisturbed)).runs[3]
+    branch = plan(undisturbed).runs[3]
     assert branch.trunk is not None
     folder = Path(branch.config.run_dir)
     run_processes(1, runs.command(folder, f"run_dir={tmp_path / 'alone'}"))
@@ -139,27 +133,28 @@ def test_a_sweep_that_was_stopped_and_then_killed_goes_on_to_the_same_table(stor
     wait_for_step(folder, 30)
     process.kill()
     process.wait()
-    kill_runs(folder)
-    states = {each.state for each in progress(make_ladder(load_sweep(spec)))}
-    assert "running" not in states
-    assert states != {"done"}
+    kill_a_run(folder)  # the other one outlives its sweep
+    time.sleep(0.5)
+    assert {each.state for each in progress(plan(spec))} != {"done"}
 
     assert "goes on after step" in finish(spec)
-    assert results(folder) == results(make_ladder(load_sweep(undisturbed)).sweep.folder)
-    for run in make_ladder(load_sweep(undisturbed)).runs:
+    assert results(folder) == results(plan(undisturbed).sweep.folder)
+    for run in plan(undisturbed).runs:
         assert specs.losses(folder / run.name) == specs.losses(Path(run.config.run_dir))
 
 
 def test_a_failed_run_is_tried_as_often_as_said_marked_and_started_again_by_the_next_command(store, tmp_path):
-    keys = {"sizes": [3.7e3], "tokens_per_parameter": [1], "retries": 1}
+    keys = {**KEYS, "sizes": [3.7e3], "retries": 1}
     spec = specs.write(tmp_path / "spec.yaml", store=tmp_path / "elsewhere", **keys)
     said = finish(spec, code=1)
     assert "failed, exit code 3" in said
     assert "started again (1 of 1)" in said
-    run = make_ladder(load_sweep(spec)).runs[0]
+    assert "is not started: d8-l1-t2, which it branches off, has no checkpoint" in said
+    run = plan(spec).runs[0]
     folder = Path(run.config.run_dir)
     assert [attempt["exit_code"] for attempt in read_attempts(folder)] == [3, 3]
-    state = collect(make_ladder(load_sweep(spec)))[0]
+    state, branch = collect(plan(spec))
+    assert branch.state == "failed"
     assert (state.state, state.loss) == ("failed", None)
     assert "elsewhere" in state.note
     row = results(tmp_path / "sweep")[0]
@@ -167,13 +162,13 @@ def test_a_failed_run_is_tried_as_often_as_said_marked_and_started_again_by_the_
     (tmp_path / "elsewhere").symlink_to(store)
     said = finish(spec)
     assert "failed before (exit code 3" in said
-    assert results(tmp_path / "sweep")[0]["status"] == "done"
+    assert [row["status"] for row in results(tmp_path / "sweep")] == ["done", "done"]
     assert (folder / OUTPUT).read_text().count("error:") == 2
 
 
 @pytest.fixture(scope="module")
 def scripts(store, tmp_path_factory):
-    """An array job of a sweep of one run, whose learning rate no model survives; and a scontrol that notes its calls."""
+    """An array job of one run, whose learning rate no model survives; and a scontrol that notes its calls."""
     folder = tmp_path_factory.mktemp("slurm")
     keys = {"sizes": [3.7e3], "tokens_per_parameter": [2], "learning_rate": {"rule": "power", "value": 30.0}}
     specs.write(folder / "spec.yaml", store=store, **keys)
@@ -204,11 +199,11 @@ def test_a_task_that_is_out_of_time_saves_and_is_queued_again_and_its_divergence
     task.terminate()
     task.wait(120)
     assert (scripts / "scontrol.txt").read_text() == "requeue 42_0\n"
-    (state,) = progress(make_ladder(load_sweep(scripts / "spec.yaml")))
+    (state,) = progress(plan(scripts / "spec.yaml"))
     assert state.state == "waiting"
     assert 2 <= state.step < state.steps
     subprocess.run(["bash", scripts / "job" / "runs.sbatch"], cwd=ROOT, env=env, check=True, timeout=120)
     (row,) = results(scripts / "sweep")
     assert row["status"] == "diverged"
-    (state,) = progress(make_ladder(load_sweep(scripts / "spec.yaml")))
+    (state,) = progress(plan(scripts / "spec.yaml"))
     assert "loss" in state.note
