@@ -27,50 +27,47 @@ def add_sweep(commands: Any) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """Prints the runs that a sweep would make: shapes, tokens, FLOPs, memory, time, cost, and what to mind."""
-    from maxlm.scaling.ladder import make_ladder
-    from maxlm.scaling.spec import load_sweep
+    from maxlm.scaling.sweep import plan as plan_sweep
     from maxlm.scaling.tables import print_plan
 
-    print_plan(make_ladder(load_sweep(args.spec)), args.json)
+    print_plan(plan_sweep(args.spec), args.json)
 
 
 def run(args: argparse.Namespace) -> None:
     """Trains the runs of a sweep, from wherever they are, into one table; or renders them for a scheduler."""
     if args.prepare:
-        from maxlm.scaling.sweep import prepare_sweep
+        from maxlm.scaling.sweep import prepare
 
-        prepare_sweep(args.spec)
+        prepare(args.spec)
         return
     if args.render is not None:
         _render(args)
         return
     from functools import partial
 
-    from maxlm.scaling.sweep import run_sweep
+    from maxlm.scaling.sweep import run as run_sweep
 
     say = partial(print, flush=True)
     run_sweep(args.spec, jobs=args.jobs, only=args.only, parquet=args.parquet, say=say)
 
 
 def _render(args: argparse.Namespace) -> None:
-    from maxlm.scaling.ladder import make_ladder
     from maxlm.scaling.slurm import render
-    from maxlm.scaling.spec import load_sweep
+    from maxlm.scaling.sweep import plan as plan_sweep
 
     _, folder = args.render
     options = tuple(args.sbatch)
-    *_, submit = render(make_ladder(load_sweep(args.spec)), args.spec, Path(folder), at_once=args.jobs, options=options)
+    *_, submit = render(plan_sweep(args.spec), args.spec, Path(folder), at_once=args.jobs, options=options)
     print(f"wrote {submit}; submit the sweep with: {submit}")
 
 
 def status(args: argparse.Namespace) -> None:
     """Says where the runs of a sweep are, and brings their table up to date."""
     from maxlm.scaling.collect import collect
-    from maxlm.scaling.ladder import make_ladder
-    from maxlm.scaling.spec import load_sweep
+    from maxlm.scaling.sweep import plan as plan_sweep
     from maxlm.scaling.tables import print_status, watch
 
-    ladder = make_ladder(load_sweep(args.spec))
+    ladder = plan_sweep(args.spec)
     if args.watch:
         watch(lambda: collect(ladder, parquet=args.parquet))
         return

@@ -107,7 +107,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def _state(run: PlannedRun, folder: Path, step: int) -> tuple[State, str]:
     if is_saved(folder, run.steps):
         return "done", ""
-    if running_since(folder) is not None:
+    if trained_from(folder) is not None:
         return "running", ""
     attempts = read_attempts(folder)
     if attempts and attempts[-1]["exit_code"] != 0:
@@ -124,20 +124,20 @@ def is_saved(folder: Path, step: int) -> bool:
     return True
 
 
-def running_since(folder: Path) -> str | None:
-    """Since when a process trains in a folder; None where none does, by what the run's lock says.
+def trained_from(folder: Path) -> Literal["here", "elsewhere"] | None:
+    """Whether a process of this machine or of another trains in a folder just now, by what the run's lock says.
 
     The lock is tried only where it seems to be held: tried at any time, it could turn away a run that just starts.
     """
     try:
         holder = json.loads((folder / LOCK).read_bytes())
-        process, host, since = int(holder["pid"]), holder["host"], str(holder["since"])
+        process, host = int(holder["pid"]), holder["host"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     if host == socket.gethostname():
-        return since if _is_alive(process) and _is_locked(folder / LOCK) else None
+        return "here" if _is_alive(process) and _is_locked(folder / LOCK) else None
     newest = max(path.stat().st_mtime for path in (folder / LOCK, folder / METRICS_FILE) if path.exists())
-    return since if time.time() - newest < SILENT_SECONDS else None
+    return "elsewhere" if time.time() - newest < SILENT_SECONDS else None
 
 
 def _is_alive(process: int) -> bool:
@@ -167,6 +167,13 @@ def read_attempts(folder: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in lines]
+
+
+def record_attempt(folder: Path, exit_code: int, said: str) -> None:
+    """Adds an end to those of a run."""
+    line = {"exit_code": exit_code, "said": said, "ended": time.strftime("%Y-%m-%d %H:%M:%S")}
+    with (folder / ATTEMPTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def _seconds(training: list[dict[str, Any]]) -> float:

@@ -9,14 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from maxlm.checkpoint_files import read_manifest
 from maxlm.config import diff, load_config, to_yaml
 from maxlm.errors import ConfigError, StorageError
 from maxlm.files import write_atomically
-from maxlm.scaling.collect import ATTEMPTS, is_saved, read_metrics
+from maxlm.scaling.collect import is_saved, read_metrics, record_attempt
 from maxlm.scaling.ladder import Ladder, PlannedRun
 from maxlm.training.metrics import METRICS_FILE
 
@@ -110,7 +109,7 @@ class Job:
         if code == -signal.SIGTERM and self.stopped:
             code = 0  # stopped before it was far enough to have anything to save
         if code is not None:
-            record(self.folder, code, self.last_words())
+            record_attempt(self.folder, code, self.last_words())
         return code
 
     def last_words(self) -> str:
@@ -120,13 +119,6 @@ class Job:
             text = output.read().decode(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return " | ".join(lines[-SAID_LINES:])
-
-
-def record(folder: Path, exit_code: int, said: str) -> None:
-    """Adds an end to a run's attempts."""
-    line = {"exit_code": exit_code, "said": said, "ended": time.strftime("%Y-%m-%d %H:%M:%S")}
-    with (folder / ATTEMPTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def devices_of(slot: int, n_slots: int) -> dict[str, str]:

@@ -211,15 +211,15 @@ def _check_keys(path: Path, spec: SweepSpec, tree: Tree) -> None:
     if spec.budgets and len(lengths) not in (1, n_budgets):
         raise wrong(
             "tokens_per_parameter",
-            f"tokens_per_parameter has {len(lengths)} values for {n_budgets} budgets; give one for all, or one for each",
+            f"tokens_per_parameter has {len(lengths)} values for {n_budgets} budgets; one for all, or one for each",
         )
     if spec.sizes and any(b < 1.01 * a for a, b in itertools.pairwise(lengths)):
         raise wrong("tokens_per_parameter", "tokens_per_parameter must ascend, each more than 1% above the one before")
     if spec.decay.branches and spec.budgets:
         raise wrong(
             "decay.branches",
-            "decay.branches = true goes with `sizes`: the runs of a budget have models of different sizes, and no trunk "
-            "in common",
+            "decay.branches = true goes with `sizes`: the runs of a budget have models of different sizes, and no "
+            "trunk in common",
         )
 
 

@@ -13,16 +13,26 @@ from pathlib import Path
 from types import FrameType
 
 from maxlm.errors import ConfigError, MaxlmError, StorageError
-from maxlm.scaling.collect import TABLE, Progress, collect, progress_of, running_since
+from maxlm.scaling.collect import TABLE, Progress, collect, progress, progress_of, record_attempt, trained_from
 from maxlm.scaling.data import prepare_data
-from maxlm.scaling.jobs import Job, begin_from_trunk, is_ready, record, write_config
+from maxlm.scaling.jobs import Job, begin_from_trunk, is_ready, write_config
 from maxlm.scaling.ladder import Ladder, PlannedRun, make_ladder
 from maxlm.scaling.spec import load_sweep
 
 POLL_SECONDS = 0.2
 
 
-def run_sweep(
+def plan(spec: str | Path) -> Ladder:
+    """The grid of a specification, a file or a packaged sweep's name. Raises ConfigError."""
+    return make_ladder(load_sweep(spec))
+
+
+def status(spec: str | Path) -> list[Progress]:
+    """Where the runs of a sweep are, in the grid's order. Raises ConfigError."""
+    return progress(plan(spec))
+
+
+def run(
     spec: str | Path,
     *,
     jobs: int = 1,
@@ -36,18 +46,18 @@ def run_sweep(
     that fails now `retries` times more. `only` are numbers of tasks (`tasks`), for a scheduler: these runs alone.
     On SIGINT or SIGTERM the runs save and stop, and it returns. Raises MaxlmError where runs have failed, naming them.
     """
-    ladder = make_ladder(load_sweep(spec))
+    ladder = plan(spec)
     chosen = select(ladder, only)
     with sweep_folder(ladder) as folder:
-        for run in ladder.runs:
-            write_config(run)
+        for each in ladder.runs:
+            write_config(each)
         prepare_data(ladder.sweep.base, say)
     executor = _Executor(ladder, chosen, jobs, _environment(folder, only=bool(only)), say)
     with _stopping(executor):
         executor.run(lambda: collect(ladder))
     found = collect(ladder, parquet=parquet)
     summarise(found, folder, say)
-    failed = [each for each in found if each.state == "failed" and each.run in {run.name for run in chosen}]
+    failed = [each for each in found if each.state == "failed" and each.run in {one.name for one in chosen}]
     if failed and not executor.stopping:
         listed = "".join(f"\n  {each.run}: {each.note}" for each in failed)
         raise MaxlmError(
@@ -92,12 +102,12 @@ def sweep_folder(ladder: Ladder) -> Iterator[Path]:
         yield folder
 
 
-def prepare_sweep(spec: str | Path, say: Callable[[str], None] = print) -> None:
+def prepare(spec: str | Path, say: Callable[[str], None] = print) -> None:
     """Makes a sweep's folder, its runs' configs, its tokenizer and its token store, and starts no run."""
-    ladder = make_ladder(load_sweep(spec))
+    ladder = plan(spec)
     with sweep_folder(ladder):
-        for run in ladder.runs:
-            write_config(run)
+        for each in ladder.runs:
+            write_config(each)
         prepare_data(ladder.sweep.base, say)
 
 
@@ -167,6 +177,8 @@ class _Executor:
             left.append(run)
             if state.state == "failed":
                 self.say(f"{run.name} failed before ({state.note}); it is started again")
+            elif state.state == "running":
+                self.say(f"{run.name} is being trained already, at step {state.step:,}")
             elif state.step:
                 self.say(f"{run.name} goes on after step {state.step:,}")
         return left
@@ -176,12 +188,13 @@ class _Executor:
 
     def _start(self, waiting: list[PlannedRun]) -> None:
         """Fills the slots that are free with the first runs that can start; drops those that others have finished."""
-        foreign = 0
+        others = 0
         for run in list(waiting):
-            if len(self._going) + foreign >= self.jobs:
+            if len(self._going) + others >= self.jobs:
                 return
-            if running_since(Path(run.config.run_dir)) is not None:
-                foreign += 1  # a run that outlived the sweep that started it, or another sweep's: it is waited for
+            if (where := trained_from(Path(run.config.run_dir))) is not None:
+                # It outlived the sweep that started it, or another sweep has it: it is waited for.
+                others += where == "here"
             elif self._progress(run).ended:
                 waiting.remove(run)
             elif is_ready(run, self.ladder):
@@ -194,7 +207,7 @@ class _Executor:
     def _give_up(self, run: PlannedRun) -> None:
         """Marks a branch as failed whose trunk has ended without the checkpoint that it begins from."""
         why = f"{run.trunk}, which it branches off, has no checkpoint of step {run.begins:,}"
-        record(Path(run.config.run_dir), 1, why)
+        record_attempt(Path(run.config.run_dir), 1, why)
         self.say(f"{run.name} is not started: {why}")
 
     def _start_one(self, run: PlannedRun) -> None:
@@ -217,6 +230,9 @@ class _Executor:
         if code == 0:  # somebody stopped this run alone
             self.say(f"{job.run.name} was stopped after step {state.step:,}; the same command goes on with it")
             return False
+        if trained_from(job.folder) is not None:
+            self.say(f"{job.run.name} is being trained by another process, and is waited for")
+            return True
         failures = self._failures[job.run.name] = self._failures.get(job.run.name, 0) + 1
         retries = self.ladder.sweep.spec.retries
         again = failures <= retries

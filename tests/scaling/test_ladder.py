@@ -50,11 +50,11 @@ def test_the_grid_of_budgets_is_what_hand_computation_gives(tmp_path):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    budgets=st.lists(st.floats(2e9, 1e14), min_size=1, max_size=3, unique_by=lambda x: round(math.log(x) * 20)),
+    budgets=st.lists(st.floats(2e10, 1e14), min_size=1, max_size=3, unique_by=lambda x: round(math.log(x) * 20)),
     n=st.integers(2, 6),
     span=st.floats(4, 100),
     centre=st.floats(2, 40),
-    batch=st.integers(64, 3000),
+    batch=st.integers(64, 300),
     multiple=st.sampled_from([1, 2, 3]),
 )
 def test_flops_are_within_one_percent_of_the_budget_and_batches_whole(
@@ -64,11 +64,7 @@ def test_flops_are_within_one_percent_of_the_budget_and_batches_whole(
         "budgets": sorted(budgets), "sizes_per_budget": n, "span": span, "tokens_per_parameter": [centre],
         "batch": {"rule": "power", "value": batch, "multiple": multiple},
     }  # fmt: skip
-    try:
-        ladder = specs.ladder(tmp_path_factory.mktemp("g") / "s.yaml", **keys)
-    except ConfigError as error:
-        assert "comes within 1% in whole steps; make the batch smaller" in str(error)
-        return
+    ladder = specs.ladder(tmp_path_factory.mktemp("g") / "s.yaml", **keys)
     assert len({run.name for run in ladder.runs}) == len(ladder.runs)
     for run in ladder.runs:
         train, budget = run.config.train, run.budget
@@ -133,7 +129,7 @@ def test_caps_leave_runs_out_and_say_so_and_the_longest_branch_left_is_the_trunk
     [
         ({"sizes_per_budget": 3}, "budget 2e+09: 3 sizes, and its parabola needs 4"),
         ({"sizes_per_budget": 5, "span": 2}, "too narrow for its parabola"),
-        ({"tokens_per_parameter": [200.0], "span": 1600, "sizes_per_budget": 4}, "all fewer than the 200 in the middle"),
+        ({"tokens_per_parameter": [200.0], "span": 1600, "sizes_per_budget": 4}, "all fewer than the 200 in"),
         ({"tokens_per_parameter": [22.0], "span": 60, "sizes_per_budget": 4}, "off the centre, 22, by"),
         ({"sizes_per_budget": 6, "span": 2}, "the nearest shape is d24-l2 again, and it is taken once"),
         ({"unique_tokens": 10_000}, "more tokens than the 10,000 to train on, up to"),

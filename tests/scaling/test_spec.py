@@ -86,5 +86,5 @@ def test_packaged_sweeps_are_found_by_name():
     assert "ladder-cpu" in sweep_names()
     for name in sweep_names():
         assert load_sweep(name).spec.name == name
-    with pytest.raises(ConfigError, match="they are .*ladder-cpu"):
+    with pytest.raises(ConfigError, match=r"they are .*ladder-cpu"):
         load_sweep("laddder")
