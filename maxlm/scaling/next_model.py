@@ -7,6 +7,7 @@ taken whose loss is then least by the law.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -36,6 +37,8 @@ from maxlm.scaling.surface import Surface
 
 # Shapes so much larger than the optimum need not be looked at: exact FLOPs are never so far below 6ND.
 BEYOND = 3.0
+# How far a batch may be rounded, in logarithms, to halve more often.
+ROUNDED = 0.1
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,9 @@ def next_model(fit: FitResult, question: Question, base: str | Path, hardware: H
         reasons = {**question.reasons, "max_params": reason}
         found = answer(fit, replace(question, max_params=fits.size, reasons=reasons))
         maker = _Maker(found, rules)
-        best = maker.best()
+        best = maker.choices[-1]  # up to the optimum larger is better
         config = maker.on(best, hardware)
-        assert config is not None  # it is the one that fits, or smaller
+        assert config is not None  # it fitted before
     return replace(found, model=maker.model(best, config, hardware))
 
 
@@ -192,9 +195,9 @@ class _Maker:
         there = [i for i in range(len(shapes)) if np.isfinite(scores[i]) and tokens[i] > 0]
         if not there:
             raise ConfigError(
-                f"{self.rules.path}: no shape of this family is within the bounds: the optimum has {wanted:.4g} "
-                f"parameters, at most {most:.4g} are allowed, and the smallest shape has "
-                f"{next(iter(Family(base.model, self.rules.spec.shape))).size(self.size_of):,}"
+                f"{self.rules.path}: no shape of this family is within the bounds: its smallest has "
+                f"{next(iter(Family(base.model, self.rules.spec.shape))).size(self.size_of):,} parameters, the optimum "
+                f"{wanted:.4g}" + ("" if np.isinf(most) else f", and at most {most:.4g} are allowed")
             )
         return [_Choice(shapes[i], sizes[i], costs[i], tokens[i], scores[i]) for i in there]
 
@@ -226,25 +229,36 @@ class _Maker:
         """The shapes that are smaller, smallest first."""
         return [choice for choice in self.choices if choice.size < than.size]
 
-    def run(self, choice: _Choice, rules: Sweep | None = None) -> PlannedRun:
-        """The run of a choice by the rules. Raises ConfigError where they make none."""
-        return one_run(rules or self.rules, choice.shape, choice.tokens, "next")
+    def run(self, choice: _Choice, rules: Sweep | None = None, n_devices: int = 1) -> PlannedRun:
+        """The run of a choice by the rules. Raises ConfigError where they make none.
+
+        Where the rules do not say of how many rows a batch is a multiple, it is rounded to rows that the devices share
+        out evenly, as far as that is within the range that any batch may be in, and to a number that halves often.
+        """
+        rules = rules or self.rules
+        run = one_run(rules, choice.shape, choice.tokens, "next")
+        if "multiple" in rules.spec.batch.model_fields_set:
+            return run
+        rows = run.config.train.global_batch_tokens // run.config.train.seq_len // run.config.train.accumulation
+
+        def off(multiple: int) -> float:
+            return abs(math.log(max(1, round(rows / multiple)) * multiple / rows))
+
+        shared = max(n for n in divisors(n_devices) if off(n) <= math.log(BATCH_RANGE[1]))
+        while off(2 * shared) <= ROUNDED:
+            shared *= 2
+        batch = rules.spec.batch.model_copy(update={"multiple": shared})
+        try:
+            rules = replace(rules, spec=rules.spec.model_copy(update={"batch": batch}))
+            return one_run(rules, choice.shape, choice.tokens, "next")
+        except ConfigError:  # too few steps for a batch of so many rows
+            return run
 
     def on(self, choice: _Choice, hardware: Hardware) -> RunConfig | None:
-        """The run of a choice as it fits the hardware; None where it does not.
-
-        The batch is rounded to rows that the devices can share out evenly, as far as the rule's tolerance goes.
-        """
-        alone = {"train": {"accumulation": 1}}
-        tree = self.rules.tree.merged_with(Tree(alone, {}))
+        """The run of a choice as it fits the hardware; None where it does not."""
+        tree = self.rules.tree.merged_with(Tree({"train": {"accumulation": 1}}, {}))
         rules = replace(self.rules, tree=tree, base=validate(RunConfig, tree, str(self.rules.path)))
-        train = self.run(choice, rules).config.train
-        rows = train.global_batch_tokens // train.seq_len
-        low, high = BATCH_RANGE
-        shared = [n for n in divisors(hardware.topology.n_devices) if low <= max(1, round(rows / n)) * n / rows <= high]
-        batch = rules.spec.batch.model_copy(update={"multiple": max(shared)})
-        rules = replace(rules, spec=rules.spec.model_copy(update={"batch": batch}))
-        return placed(self.run(choice, rules).config, hardware.topology)
+        return placed(self.run(choice, rules, hardware.topology.n_devices).config, hardware.topology)
 
     def model(self, choice: _Choice, config: RunConfig, hardware: Hardware | None = None) -> NextModel:
         """The model as it is written, with what the law says of it."""
@@ -324,7 +338,7 @@ def _header(found: Answer, model: NextModel) -> str:
         f"The model for {question.flops:.4g} FLOPs by {found.fit.law} of {len(found.fit.rows)} runs, whose optimum is "
         f"{best.n_params.value:.4g} parameters and {best.n_tokens.value:.4g} tokens at 6ND.",
         f"Exactly {flops}.",
-        *(each.message + "." for each in found.binding),
+        *(each.message[0].upper() + each.message[1:] + "." for each in found.binding),
     ]
     if model.loss is not None:
         low, high = model.loss.low, model.loss.high

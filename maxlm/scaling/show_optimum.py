@@ -54,10 +54,8 @@ def rows_of(found: Answer) -> list[dict[str, Any]]:
         if best is not None:
             digits = ".4g" if name == "loss" else ".3g"
             rows.append({"": label, "optimum": _of(best, digits), "compute-optimal": _of(plain, digits)})
-    ratios = {"optimum": found.best, "compute-optimal": found.plain}
-    rows.insert(
-        2, {"": "tokens a parameter", **{k: f"{split.tokens_per_parameter:.3g}" for k, split in ratios.items()}}
-    )
+    ratios = (f"{split.tokens_per_parameter:.3g}" for split in (found.best, found.plain))
+    rows.insert(2, dict(zip(rows[0], ("tokens a parameter", *ratios), strict=True)))
     return rows if found.binding else [{"": row[""], "optimum": row["optimum"]} for row in rows]
 
 
@@ -88,8 +86,8 @@ def print_model(model: NextModel) -> None:
         print(f"  serving takes {model.serving_flops:.4g} FLOPs more, at a forward pass of a full row")
     if model.memory_bytes is not None:
         print(
-            f"  on {model.hardware} it needs {model.memory_bytes / GIB:.1f} GiB a device by the planner's memory model\n"
-            f"  (`maxlm plan FILE --topology {model.hardware} --search` finds the fastest mesh)"
+            f"  {model.memory_bytes / GIB:.1f} GiB a device of {model.hardware}, good to about 15%; the compiler knows better:\n"
+            f"  maxlm plan FILE --topology {model.hardware} (with --search: the fastest mesh)"
         )
     for what, rule in model.by_rule.items():
         print(f"  {what} by rule: {rule}")
