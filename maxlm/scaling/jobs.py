@@ -99,9 +99,9 @@ class Job:
 
     def stop(self) -> None:
         """Asks the run to save and leave."""
-        self.stopped = True
-        if self.process.poll() is None:
+        if not self.stopped and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
+        self.stopped = True
 
     def poll(self) -> int | None:
         """The exit code once the run has ended, which is then written down; None before."""

@@ -156,6 +156,8 @@ class _Executor:
                     changed()
             if not self.stopping:
                 self._start(waiting)
+            if self.stopping:
+                self.leave()  # one that was just being started when the signal came, too
             time.sleep(POLL_SECONDS)
 
     def stop(self) -> None:

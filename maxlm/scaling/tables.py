@@ -61,7 +61,7 @@ def hardware_name(ladder: Ladder) -> str:
     """The hardware that time is told of."""
     hardware = ladder.sweep.spec.hardware
     assert hardware is not None
-    where = hardware.topology or f"a machine of {short_number(hardware.flops_per_second or 0)}FLOP/s a run"
+    where = hardware.topology or f"a machine of {(hardware.flops_per_second or 0) / 1e9:,.3g} GFLOP/s a run"
     slices = f"{hardware.slices} slices of " if hardware.slices > 1 else ""
     return f"{slices}{where}" + (f", {hardware.concurrent} runs at once" if hardware.concurrent > 1 else "")
 
