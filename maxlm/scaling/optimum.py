@@ -35,7 +35,7 @@ class Question:
     """A FLOP budget, and what bounds the answer.
 
     With `served_tokens` T the budget is of training and serving together, 6ND + 2NT (Sardana et al., arXiv:2401.00448,
-    eq. 2); with `same_loss` besides, `flops` are of training and set the loss, that of their compute-optimal model, and
+    section 2); with `same_loss` besides, `flops` are of training and set the loss, that of their compute-optimal model, and
     the fewest FLOPs in all are sought that reach it (their problem). `unique_tokens` are what there is of data: by the
     law data-constrained they may be repeated, else they are a bound, as `max_tokens` is by every law.
     """

@@ -86,7 +86,7 @@ def print_model(model: NextModel) -> None:
         print(f"  serving takes {model.serving_flops:.4g} FLOPs more, at a forward pass of a full row")
     if model.memory_bytes is not None:
         print(
-            f"  {model.memory_bytes / GIB:.1f} GiB a device of {model.hardware}, good to about 15%; the compiler knows better:\n"
+            f"  {model.memory_bytes / GIB:.1f} GiB a device of {model.hardware}, good to about 15%; to ask the compiler:\n"
             f"  maxlm plan FILE --topology {model.hardware} (with --search: the fastest mesh)"
         )
     for what, rule in model.by_rule.items():

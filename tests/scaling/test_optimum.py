@@ -25,8 +25,8 @@ FORMULAS = {
     "chinchilla": synthetic.chinchilla, "over-training": synthetic.over_training,
     "kaplan-nd": synthetic.kaplan_nd, "data-constrained": synthetic.data_constrained,
 }  # fmt: skip
-# As printed in Hoffmann et al. (arXiv:2203.15556, eq. 10), and with exponents unrounded, as Sardana et al. take them
-# (arXiv:2401.00448, footnote 1).
+# As printed in Hoffmann et al. (arXiv:2203.15556, section D.3), and with exponents of three digits, which Sardana et
+# al. take (arXiv:2401.00448).
 PRINTED = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
 UNROUNDED = PRINTED | {"alpha": 0.336, "beta": 0.283}
 
