@@ -58,6 +58,7 @@ class CheckpointConfig(Section):
     )
     keep_last: int = key(3, "newest checkpoints that are kept", unit="checkpoints", ge=1)
     keep_every: int | None = key(None, "checkpoints at multiples of this step are kept for ever", unit="steps", ge=1)
+    at: tuple[int, ...] = key((), "steps that are saved besides, and kept for ever", unit="steps")
     keep_best: int = key(0, "checkpoints of lowest evaluation loss that are kept besides", unit="checkpoints", ge=0)
     asynchronous: bool = key(True, "write in the background while training goes on")
 
@@ -268,7 +269,7 @@ class Checkpoints:
     def _retain(self) -> None:
         """Deletes what `config` does not keep; a folder is renamed first, so that a half-deleted one is never read."""
         steps, config = self.steps(), self.config
-        keep = set(steps[-config.keep_last :])
+        keep = set(steps[-config.keep_last :]) | set(config.at)
         if config.keep_every:
             keep |= {step for step in steps if step % config.keep_every == 0}
         if config.keep_best:

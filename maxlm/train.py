@@ -170,7 +170,7 @@ def loop(
             scores = evaluation(state.params)
             metrics.record_eval(step, scores)
             eval_loss = scores["eval_loss"]
-        if stop or step == total or step % config.checkpoint.every == 0:
+        if stop or step == total or step % config.checkpoint.every == 0 or step in config.checkpoint.at:
             metrics.flush()
             checkpoints.save(
                 step, state, meta=run_meta(step, config, loader), config_yaml=to_yaml(config), metric=eval_loss

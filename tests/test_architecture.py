@@ -10,8 +10,11 @@ PACKAGE = Path(__file__).parent.parent / "maxlm"
 # Top to bottom, as docs/architecture.md lists them. Modules of the top level stand in the same order as rooms.
 ORDER = (
     "cli",
+    "cli_sweep",
+    "cli_parsers",
     "train",
     "plan",
+    "scaling",
     "config",
     "config_keys",
     "config_file",

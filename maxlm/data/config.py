@@ -19,6 +19,7 @@ class SourceConfig(Section):
         "huggingface (a data set of the `datasets` package)",
     )
     paths: tuple[str, ...] = key((), "files, folders and glob patterns (`**` too); for text, jsonl and parquet")
+    packages: tuple[str, ...] = key((), "installed packages whose sources are read too, such as numpy; python-stdlib")
     suffixes: tuple[str, ...] = key(
         (),
         "endings of the file names to take from a folder. Empty: every file for text; .jsonl, .jsonl.gz, .jsonl.zst, "
@@ -37,6 +38,8 @@ class SourceConfig(Section):
             raise ValueError(f"a source of kind {self.kind} needs `dataset`, the data set's name")
         if self.kind == "python-stdlib" and self.paths:
             raise ValueError("a source of kind python-stdlib takes no `paths`: it is the running Python's own library")
+        if self.kind != "python-stdlib" and self.packages:
+            raise ValueError(f"`packages` are of a source of kind python-stdlib, and this one is of kind {self.kind}")
         return self
 
 

@@ -11,6 +11,7 @@ import glob
 import gzip
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import sysconfig
@@ -87,7 +88,8 @@ def list_work(data: DataConfig) -> list[WorkItem]:
 
 def describe(source: SourceConfig) -> str:
     """A source in a few words, for the manifest."""
-    return f"{source.kind}: {', '.join(source.paths) or source.dataset or 'the library of Python'}"
+    library = ", ".join(["the library of Python", *source.packages])
+    return f"{source.kind}: {', '.join(source.paths) or source.dataset or library}"
 
 
 def _list_source(number: int, source: SourceConfig) -> list[WorkItem]:
@@ -157,7 +159,7 @@ def _list_parquet(number: int, file: tuple[str, int, str], target: int) -> Itera
 def source_files(source: SourceConfig, number: int = 0) -> list[str]:
     """All files of a source of files, sorted, each once. Raises DataError where a path leads nowhere."""
     if source.kind == "python-stdlib":
-        return stdlib_files()
+        return [*stdlib_files(), *(path for name in source.packages for path in package_files(name, number))]
     suffixes = source.suffixes or SUFFIXES[source.kind]
     found: list[str] = []
     for pattern in source.paths:
@@ -199,12 +201,32 @@ def stdlib_files() -> list[str]:
 
     Raises DataError where this Python came without its sources.
     """
-    files: list[str] = []
-    for here, folders, names in os.walk(_stdlib()):
-        folders[:] = [n for n in folders if n not in _STDLIB_SKIPPED_FOLDERS and not n.startswith(("config-", "."))]
-        files += [os.path.join(here, name) for name in names if name.endswith(".py") and not _is_table(here, name)]
+    files = _python_files(_stdlib())
     if not files:
         raise DataError(f"{_stdlib()}: this Python has no library sources (.py files). Use another source.")
+    return files
+
+
+def package_files(name: str, number: int = 0) -> list[str]:
+    """The .py files of an installed package, sorted, as those of the library; it is not imported.
+
+    Raises DataError where there is no such package.
+    """
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    files = [path for folder in (spec and spec.submodule_search_locations) or () for path in _python_files(folder)]
+    if not files:
+        raise DataError(
+            f"data.sources[{number}].packages: {name}: no installed package of this name has sources; install it, or "
+            "leave it out."
+        )
+    return files
+
+
+def _python_files(folder: str) -> list[str]:
+    files: list[str] = []
+    for here, folders, names in os.walk(folder):
+        folders[:] = [n for n in folders if n not in _STDLIB_SKIPPED_FOLDERS and not n.startswith(("config-", "."))]
+        files += [os.path.join(here, name) for name in names if name.endswith(".py") and not _is_table(here, name)]
     return sorted(files)
 
 

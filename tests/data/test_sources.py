@@ -140,6 +140,18 @@ def test_python_stdlib_is_text_that_people_wrote():
     assert not bad_of(read_all(SourceConfig(kind="python-stdlib")))
 
 
+def test_packages_are_read_after_the_library_without_their_tests():
+    source = SourceConfig(kind="python-stdlib", packages=("yaml", "numpy"))
+    files = source_files(source)[len(stdlib_files()) :]
+    assert {"/".join(file.split(os.sep)[-2:]) for file in files} >= {"yaml/constructor.py", "numpy/version.py"}
+    assert not [file for file in files if "tests" in file.split(os.sep)]
+    assert source_files(source) == source_files(source)
+    with pytest.raises(DataError, match=r"data\.sources\[3\]\.packages: no_such_package"):
+        source_files(SourceConfig(kind="python-stdlib", packages=("no_such_package",)), 3)
+    with pytest.raises(ValueError, match=r"packages.*kind text"):
+        SourceConfig(kind="text", paths=("a",), packages=("yaml",))
+
+
 def test_items_do_not_depend_on_anything_but_the_files(tmp_path):
     data = DataConfig(sources=(SourceConfig(kind="python-stdlib"),))
     assert list_work(data) == list_work(data.model_copy(update={"workers": 7}))
