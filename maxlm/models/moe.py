@@ -39,7 +39,7 @@ class Router(nnx.Module):
     """Logits of all experts for each token, in float32; and the balancing bias, which is no part of them."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
-        moe = moe_config(config)
+        moe, self.factor = moe_config(config), config.scales.router
         self.kernel = init.normal("kernel", (config.d_model, moe.n_experts), ("embed", "router"), config.init_std)
         if moe.router_bias:
             self.bias = init.full((moe.n_experts,), ("router",), 0.0)
@@ -51,6 +51,8 @@ class Router(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Logits `[B, T, E]`."""
         logits_BTE = project(x_BTD.astype(jnp.float32), self.kernel, jnp.float32)
+        if self.factor != 1:
+            logits_BTE = logits_BTE * self.factor
         return logits_BTE + use(self.bias, jnp.float32) if hasattr(self, "bias") else logits_BTE
 
     @property
@@ -67,10 +69,10 @@ class Experts(nnx.Module):
         self.activation, self.gated, self.biased, self.dtype = config.mlp, config.gated, moe.expert_bias, dtype
         e, d, f = moe.n_experts, config.d_model, moe.d_ff
         out_std = config.residual_init_std
-        self.up = init.normal("up", (e, d, f), ("experts", "embed", "mlp"), config.init_std)
+        self.up = init.normal("up", (e, d, f), ("experts", "embed", "mlp"), config.hidden_init_std)
         self.down = init.normal("down", (e, f, d), ("experts", "mlp", "embed"), out_std)
         if self.gated:
-            self.gate = init.normal("gate", (e, d, f), ("experts", "embed", "mlp"), config.init_std)
+            self.gate = init.normal("gate", (e, d, f), ("experts", "embed", "mlp"), config.hidden_init_std)
         if self.biased:
             self.up_bias = init.full((e, f), ("experts", "mlp"), 0.0)
             self.down_bias = init.full((e, d), ("experts", "embed"), 0.0)

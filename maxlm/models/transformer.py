@@ -62,6 +62,8 @@ class Embedding(nnx.Module):
         x_BTD = embed(table_VD, tokens_BT, dtype=self.dtype, length_axis=length_axis)
         if self.config.embedding_scale:
             x_BTD = x_BTD * self.config.d_model**0.5
+        if (factor := self.config.scales.embedding) != 1:
+            x_BTD = x_BTD * factor
         if hasattr(self, "positions"):
             table = use(self.positions, self.dtype)
             rows_BT = positions_BT + self.config.position_offset if self.config.position_offset else positions_BT
@@ -202,7 +204,8 @@ class Transformer(nnx.Module):
         """What the output projection is applied to, of the result of a call."""
         if self.config.head_transform:
             x_BTD = self.head.transform(x_BTD)
-        return x_BTD if self.config.logit_scale == 1 else x_BTD * self.config.logit_scale
+        factor = self.config.logit_scale * self.config.scales.output
+        return x_BTD if factor == 1 else x_BTD * factor
 
     def head_bias(self) -> jax.Array | None:
         """The bias on the logits `[V]`, if there is one."""
