@@ -11,11 +11,13 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maxlm import __version__
+from maxlm.cli_parsers import above_zero, add_command, at_least, fraction, with_config, with_json, with_run
+from maxlm.cli_sweep import add_sweep
 from maxlm.console import print_json, print_table
 from maxlm.errors import CheckpointError, ConfigError, MaxlmError, StorageError
 
@@ -329,78 +331,79 @@ def parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_plan(commands)
     _add_model_commands(commands)
+    add_sweep(commands)
 
     data = commands.add_parser("data", help="text in, token store out").add_subparsers(metavar="COMMAND", required=True)
-    _with_config(_command(data, "prepare", data_prepare))
-    inspect = _command(data, "inspect", data_inspect)
+    with_config(add_command(data, "prepare", data_prepare))
+    inspect = add_command(data, "inspect", data_inspect)
     inspect.add_argument("store", metavar="STORE", help="a token store: a folder or a URL")
-    _with_json(inspect)
+    with_json(inspect)
 
     tokenizer = commands.add_parser("tokenizer", help="text in, tokenizer out")
-    _with_config(_command(tokenizer.add_subparsers(metavar="COMMAND", required=True), "train", tokenizer_train))
+    with_config(add_command(tokenizer.add_subparsers(metavar="COMMAND", required=True), "train", tokenizer_train))
 
-    config = _command(commands, "config", show_config)
-    _with_config(config, optional=True)
+    config = add_command(commands, "config", show_config)
+    with_config(config, optional=True)
     what = config.add_mutually_exclusive_group()
     what.add_argument(
         "--help-keys", nargs="?", const="", metavar="SECTION", help="explain every key, or those of a section"
     )
     what.add_argument("--presets", action="store_true", help="list the presets")
     what.add_argument("--support", action="store_true", help="list what cannot go together, and why")
-    _with_json(config)
+    with_json(config)
     return top
 
 
 def _add_train(commands: Any) -> None:
-    command = _command(commands, "train", train)
-    _with_config(command)
+    command = add_command(commands, "train", train)
+    with_config(command)
     command.add_argument("--coordinator", metavar="HOST:PORT", help="process 0 of the run (distributed.coordinator)")
-    command.add_argument("--num-processes", type=_at_least(1), metavar="N", help="processes of the run")
-    command.add_argument("--process-id", type=_at_least(0), metavar="I", help="the number of this one, from 0")
+    command.add_argument("--num-processes", type=at_least(1), metavar="N", help="processes of the run")
+    command.add_argument("--process-id", type=at_least(0), metavar="I", help="the number of this one, from 0")
     command.add_argument(
         "--simulate-devices",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="N",
         help="show the CPU as N devices, to try a mesh without having one; slower than one device",
     )
 
 
 def _add_plan(commands: Any) -> None:
-    command = _command(commands, "plan", plan)
-    _with_config(command, optional=True)
+    command = add_command(commands, "plan", plan)
+    with_config(command, optional=True)
     command.add_argument(
         "--topology", required=True, metavar="NAME", help="v5p:4x4x4 or v5p-128, v6e-256, tpu7x-128, h100:16x8, ..."
     )
-    command.add_argument("--slices", type=_at_least(1), default=1, metavar="N", help="TPU slices (default: 1)")
+    command.add_argument("--slices", type=at_least(1), default=1, metavar="N", help="TPU slices (default: 1)")
     what = command.add_mutually_exclusive_group()
     what.add_argument("--search", action="store_true", help="look for the fastest mesh, remat policy and microbatches")
     what.add_argument("--kernel", metavar="NAME", help="read the final schedule of a Pallas kernel instead of a step")
-    command.add_argument("--best", type=_at_least(1), default=8, metavar="N", help="--search: plans made (default: 8)")
+    command.add_argument("--best", type=at_least(1), default=8, metavar="N", help="--search: plans made (default: 8)")
     command.add_argument("--out", type=Path, metavar="FILE", help="--search: write the best as a config here")
     command.add_argument("--no-compile", action="store_true", help="the roofline alone: a second, and no compiler")
     command.add_argument("--html", type=Path, metavar="FILE", help="write the plan as a page with pictures")
-    _with_json(command)
+    with_json(command)
 
 
 def _add_model_commands(commands: Any) -> None:
-    command = _command(commands, "eval", evaluate)
-    _with_run(command)
-    _with_json(command)
+    command = add_command(commands, "eval", evaluate)
+    with_run(command)
+    with_json(command)
 
-    command = _command(commands, "generate", generate)
-    _with_run(command)
+    command = add_command(commands, "generate", generate)
+    with_run(command)
     command.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
-    command.add_argument("--max-tokens", type=_at_least(1), default=128, metavar="N", help="new tokens (default: 128)")
+    command.add_argument("--max-tokens", type=at_least(1), default=128, metavar="N", help="new tokens (default: 128)")
     choice = command.add_mutually_exclusive_group()
     choice.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    choice.add_argument("--temperature", type=_above_zero, default=1.0, metavar="X", help="(default: 1)")
-    command.add_argument("--top-k", type=_at_least(1), metavar="K", help="sample among the K likeliest tokens")
-    command.add_argument("--top-p", type=_fraction, metavar="P", help="sample among the likeliest that make up P")
-    command.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="(default: 0)")
-    _with_json(command)
+    choice.add_argument("--temperature", type=_temperature, default=1.0, metavar="X", help="(default: 1)")
+    command.add_argument("--top-k", type=at_least(1), metavar="K", help="sample among the K likeliest tokens")
+    command.add_argument("--top-p", type=fraction, metavar="P", help="sample among the likeliest that make up P")
+    command.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="(default: 0)")
+    with_json(command)
 
-    command = _command(commands, "export", export)
-    _with_run(command)
+    command = add_command(commands, "export", export)
+    with_run(command)
     command.add_argument("out", type=Path, metavar="OUT", help="hf: the folder to write; gguf: the file")
     command.add_argument(
         "--to", choices=["hf", "gguf"], required=True, help="hf: Hugging Face transformers; gguf: llama.cpp"
@@ -412,7 +415,7 @@ def _add_model_commands(commands: Any) -> None:
         help="of the weights (default: float32); q8_0, of GGUF alone: 8 bits and a scale to each 32 of them",
     )
 
-    command = _command(commands, "import", import_)
+    command = add_command(commands, "import", import_)
     command.add_argument(
         "model", type=_model_of_others, metavar="hf:DIR", help="a Hugging Face model's folder: config.json, safetensors"
     )
@@ -423,62 +426,20 @@ def _add_model_commands(commands: Any) -> None:
         help="of parameters and compute (default: bfloat16 where all of the files is, else float32)",
     )
 
-    command = _command(commands, "report", report)
+    command = add_command(commands, "report", report)
     command.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
 
 
-def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
-    text = (run.__doc__ or "").strip().rstrip(".")
-    command = commands.add_parser(name, help=text[0].lower() + text[1:], description=text + ".")
-    command.set_defaults(run_command=run)
-    return command
-
-
-def _with_config(command: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    command.add_argument(
-        "config",
-        metavar="CONFIG",
-        nargs="?" if optional else None,
-        help="a YAML file, a run's folder or a preset's name",
-    )
-    command.add_argument(
-        "overrides", metavar="KEY=VALUE", nargs="*", help="lay over the config, such as train.steps=100"
-    )
-
-
-def _with_run(command: argparse.ArgumentParser) -> None:
-    command.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
-    command.add_argument("--step", type=_at_least(0), metavar="N", help="which checkpoint (default: the newest)")
-
-
-def _with_json(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _at_least(minimum: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        if not re.fullmatch(r"\d+", text) or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {minimum}")
-        return int(text)
-
-    return integer
+def _temperature(text: str) -> float:
+    try:
+        return above_zero(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error} (for the likeliest token, --greedy)") from error
 
 
 def _model_of_others(text: str) -> Path:
     """The folder of `hf:DIR`; there is one format to import so far, so DIR alone is it too."""
     return Path(text.removeprefix("hf:"))
-
-
-def _above_zero(text: str) -> float:
-    if not re.fullmatch(r"\d*\.?\d+([eE][-+]?\d+)?", text) or not 0 < float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 (for the likeliest token, --greedy)")
-    return float(text)
-
-
-def _fraction(text: str) -> float:
-    if not re.fullmatch(r"\d*\.?\d+([eE][-+]?\d+)?", text) or not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
-    return float(text)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

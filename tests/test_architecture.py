@@ -10,6 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "maxlm"
 # Top to bottom, as docs/architecture.md lists them. Modules of the top level stand in the same order as rooms.
 ORDER = (
     "cli",
+    "cli_sweep",
+    "cli_parsers",
     "train",
     "plan",
     "config",
@@ -18,6 +20,7 @@ ORDER = (
     "checkpoint",
     "checkpoint_files",
     "run_lock",
+    "scaling",
     "planning",
     "evaluation",
     "interop",

@@ -1,0 +1,1 @@
+"""Scaling laws: from a compute budget to the next model."""
