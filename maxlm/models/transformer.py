@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ from maxlm.models.layers import Initializer, model_norm, use
 from maxlm.models.mtp import MTPModule, run_module
 from maxlm.models.positions import alibi_slopes, rope_angles, sinusoids
 from maxlm.models.routing import Routing
-from maxlm.models.stacks import segments
+from maxlm.models.stacks import places, segments
 from maxlm.parallel.axes import activation_spec, constrain, weight_spec
 
 Params = dict[str, Any]
@@ -158,6 +159,18 @@ class Transformer(nnx.Module):
         """The same, and by stack what the routers of its layers did; nothing of stacks without experts."""
         x_BTD, _, routings = self._forward(tokens_BT, positions_BT, segments_BT, None, None, types_BT, encoded)
         return x_BTD, routings
+
+    def streams(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> list[jax.Array]:
+        """The residual stream behind the embedding and behind each layer, and at last what `__call__` gives: for looking
+        at a model without an encoder's result. Layers are not scanned, so the program is as long as the model."""
+        side = "encoder" if self.config.kind == "encoder" else "decoder"
+        context = Context(*self._angles(positions_BT), segments_BT, bias=self._bias(side))
+        found = [self.embedding(tokens_BT, positions_BT, context)]
+        for place in places(self.config.layer_kinds):
+            graph, stacked = nnx.split(getattr(self, side)[place.stack])
+            layer = nnx.merge(graph, jax.tree.map(operator.itemgetter(place.index), stacked))
+            found.append(layer(found[-1], context, None)[0])
+        return [*found, found[-1] if self.config.norm_placement == "post" else self.final_norm(found[-1])]
 
     def ahead(
         self,
