@@ -161,8 +161,8 @@ class Transformer(nnx.Module):
         return x_BTD, routings
 
     def streams(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> list[jax.Array]:
-        """The residual stream behind the embedding and behind each layer, and at last what `__call__` gives: for looking
-        at a model without an encoder's result. Layers are not scanned, so the program is as long as the model."""
+        """The residual stream behind the embedding and behind each layer, and at last what `__call__` gives: for a look
+        into models with one side. Layers are not scanned, so the program is as long as the model."""
         side = "encoder" if self.config.kind == "encoder" else "decoder"
         context = Context(*self._angles(positions_BT), segments_BT, bias=self._bias(side))
         found = [self.embedding(tokens_BT, positions_BT, context)]

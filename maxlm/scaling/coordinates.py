@@ -1,7 +1,7 @@
-"""The coordinate check: whether what a model computes, and how fast that changes, is independent of its width or depth.
+"""The coordinate check: whether what a model computes, and how fast it changes, is independent of its width or depth.
 
-Models of several sizes are trained for some steps on the same data, with `model.transfer` and without. Of each activation
-the mean absolute size of an entry and of its change since the start is taken on the first batch. With a
+Models of several sizes are trained for some steps on the same data, with `model.transfer` and without. Of each
+activation the mean absolute size of an entry and of its change since the start is taken on the first batch. With a
 parametrisation that transfers, changes do not depend on the size: their slope over it, both in logarithms, is near 0
 (Tensor Programs V, arXiv:2203.03466, appendix D.1).
 """
@@ -116,9 +116,9 @@ def coordinate_check(
 ) -> CoordinateCheck:
     """Trains models of all sizes for `steps` steps, at the peak learning rate from the first on, and looks at them.
 
-    Other widths, or the depth of an encoder, are the config's in proportion; heads are as wide as the config's. The base
-    model is that of `model.transfer`, or else the smallest size. Data: the config's store, or a made-up language that
-    needs none. Raises ConfigError where the sizes or the kind of model cannot be, DataError for the store's sake.
+    All widths grow in proportion, by more heads of the config's width. The base model is that of `model.transfer`, or
+    else the smallest size. Data: the config's store, or a made-up language that needs none. Raises ConfigError where
+    the sizes or the kind of model cannot be, DataError for the store's sake.
     """
     if config.model.kind != "decoder":
         raise ConfigError(f"model.kind = {config.model.kind!r}: the coordinate check looks at decoders")
@@ -126,9 +126,9 @@ def coordinate_check(
     if len(sizes) < 2:
         raise ConfigError(f"{along}s {', '.join(map(str, sizes))}: a slope needs at least two different ones")
     transfer = _transfer_of(config.model, sizes[0], along)
+    models = [tuple(resized(config.model, along, size, either) for either in (None, transfer)) for size in sizes]
     batches, off, on = _batches(config, steps, from_store), [], []
-    for size in sizes:
-        plain, scaled = (resized(config.model, along, size, either) for either in (None, transfer))
+    for plain, scaled in models:
         off.append(trained(run_of(config, plain, steps), batches, whole=along == "width"))
         # The base model is the same with transfer.
         same = scaled.scales == Scales() and scaled.residual_init_std == plain.residual_init_std
@@ -156,8 +156,6 @@ def resized(model: ModelConfig, along: Along, size: int, transfer: dict[str, Any
     tree["transfer"] = transfer
     if along == "depth":
         tree["n_layers"] = size
-        if model.n_encoder_layers is not None:
-            tree["n_encoder_layers"] = max(1, round(model.n_encoder_layers * size / model.n_layers))
         return ModelConfig.model_validate(tree)
     ratio = size / model.d_model
     heads, kv_heads = model.n_heads * ratio, model.kv_heads * ratio
