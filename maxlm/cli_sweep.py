@@ -87,12 +87,13 @@ def _add_fit(commands: Any) -> None:
 def coordinates(args: argparse.Namespace) -> None:
     """Checks that what a model computes changes alike at all widths (or depths), with model.transfer and without."""
     from maxlm.config import load_config
-    from maxlm.scaling.coordinates import coordinate_check, print_check
+    from maxlm.scaling.coordinates import coordinate_check, language, print_check, store_batches
     from maxlm.scaling.coordinates_figure import draw_check
 
     config, along = load_config(args.config, args.overrides), "depth" if args.depths else "width"
     sizes = args.depths or args.widths or (64, 128, 256, 512)
-    check = coordinate_check(config, sizes, along=along, steps=args.steps, from_store=args.store)
+    batches = (store_batches if args.store else language)(config, args.steps)
+    check = coordinate_check(config, sizes, batches, along=along)
     if args.png is not None:
         draw_check(check, args.png)
     print_check(check, args.json)

@@ -8,7 +8,7 @@ parametrisation that transfers, changes do not depend on the size: their slope o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -112,13 +112,13 @@ def verdict(slope: float, along: Along) -> str:
 
 
 def coordinate_check(
-    config: RunConfig, sizes: Sequence[int], *, along: Along = "width", steps: int = 10, from_store: bool = False
+    config: RunConfig, sizes: Sequence[int], batches: Sequence[Batch], *, along: Along = "width"
 ) -> CoordinateCheck:
-    """Trains models of all sizes for `steps` steps, at the peak learning rate from the first on, and looks at them.
+    """Trains models of all sizes, a step a batch, at the peak learning rate from the first on, and looks at them.
 
     All widths grow in proportion, by more heads of the config's width. The base model is that of `model.transfer`, or
-    else the smallest size. Data: the config's store, or a made-up language that needs none. Raises ConfigError where
-    the sizes or the kind of model cannot be, DataError for the store's sake.
+    else the smallest size. `batches` are of `store_batches`, or of `language`, which needs no data. Raises ConfigError
+    where the sizes or the kind of model cannot be.
     """
     if config.model.kind != "decoder":
         raise ConfigError(f"model.kind = {config.model.kind!r}: the coordinate check looks at decoders")
@@ -127,14 +127,14 @@ def coordinate_check(
         raise ConfigError(f"{along}s {', '.join(map(str, sizes))}: a slope needs at least two different ones")
     transfer = _transfer_of(config.model, sizes[0], along)
     models = [tuple(resized(config.model, along, size, either) for either in (None, transfer)) for size in sizes]
-    batches, off, on = _batches(config, steps, from_store), [], []
+    off, on, whole, n_steps = [], [], along == "width", len(batches)
     for plain, scaled in models:
-        off.append(trained(run_of(config, plain, steps), batches, whole=along == "width"))
+        off.append(trained(run_of(config, plain, n_steps), batches, whole=whole))
         # The base model is the same with transfer.
         same = scaled.scales == Scales() and scaled.residual_init_std == plain.residual_init_std
-        on.append(off[-1] if same else trained(run_of(config, scaled, steps), batches, whole=along == "width"))
+        on.append(off[-1] if same else trained(run_of(config, scaled, n_steps), batches, whole=whole))
     curves = {"off": tuple(off), "on": tuple(on)}
-    return CoordinateCheck(along, sizes, steps, config.optimizer.learning_rate, transfer, curves)
+    return CoordinateCheck(along, sizes, n_steps, config.optimizer.learning_rate, transfer, curves)
 
 
 def _transfer_of(model: ModelConfig, smallest: int, along: Along) -> dict[str, Any]:
@@ -230,46 +230,50 @@ def _activations(program: Program, params: Any, batch: dict[str, jax.Array], who
     return [embedded, *(layers if whole else layers[-1:]), scores]
 
 
-def _batches(config: RunConfig, steps: int, from_store: bool) -> list[Batch]:
-    """A batch for each step, the same for all sizes."""
+def store_batches(config: RunConfig, steps: int) -> list[Batch]:
+    """The first batches of the config's store or mixture. Raises ConfigError, DataError or StorageError as it does."""
     rows = config.train.global_batch_tokens // config.train.seq_len
-    if from_store:
-        loader = Loader(
-            config.data,
-            seq_len=config.train.seq_len,
-            global_batch=rows,
-            seed=config.train.seed,
-            tokenizer=load_tokenizer(config.tokenizer) if config.tokenizer.path else None,
-            objective=config.objective,
+    loader = Loader(
+        config.data,
+        seq_len=config.train.seq_len,
+        global_batch=rows,
+        seed=config.train.seed,
+        tokenizer=load_tokenizer(config.tokenizer) if config.tokenizer.path else None,
+        objective=config.objective,
+    )
+    if loader.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {config.model.vocab_size} is less than the {loader.vocab_size} tokens of the "
+            f"store's tokenizer; set model.vocab_size={loader.vocab_size}"
         )
-        if loader.vocab_size > config.model.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size = {config.model.vocab_size} is less than the {loader.vocab_size} tokens of the "
-                f"store's tokenizer; set model.vocab_size={loader.vocab_size}"
-            )
-        return [loader.rows(step, np.arange(rows)) for step in range(steps)]
-    made = language(config.model.vocab_size, rows, config.train.seq_len, config.train.seed)
-    return [next(made) for _ in range(steps)]
+    return [loader.rows(step, np.arange(rows)) for step in range(steps)]
 
 
-def language(vocab_size: int, rows: int, length: int, seed: int) -> Iterator[Batch]:
-    """Batches of a language that can be learned: four tokens may follow a token, the first as often as not, the next
-    half as often, and so on. One document a row."""
-    rng = np.random.default_rng(seed)
+def language(config: RunConfig, steps: int) -> list[Batch]:
+    """Batches of a made-up language that can be learned: four tokens may follow a token, the first as often as not, the
+    next half as often, and so on."""
+    vocab_size, length = config.model.vocab_size, config.train.seq_len
+    rows = config.train.global_batch_tokens // length
+    rng = np.random.default_rng(config.train.seed)
     followers = rng.integers(0, vocab_size, (vocab_size, 4))
-    while True:
-        tokens = np.empty((rows, length + 1), np.int32)
-        tokens[:, 0] = rng.integers(0, vocab_size, rows)
-        choices = rng.choice(4, (rows, length), p=(0.5, 0.25, 0.125, 0.125))
-        for i in range(length):
-            tokens[:, i + 1] = followers[tokens[:, i], choices[:, i]]
-        yield {
-            "inputs": tokens[:, :-1],
-            "targets": tokens[:, 1:],
-            "segments": np.ones((rows, length), np.int32),
-            "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-            "weights": np.ones((rows, length), np.float32),
-        }
+    tokens = np.empty((steps, rows, length + 1), np.int32)
+    tokens[..., 0] = rng.integers(0, vocab_size, (steps, rows))
+    choices = rng.choice(4, (steps, rows, length), p=(0.5, 0.25, 0.125, 0.125))
+    for i in range(length):
+        tokens[..., i + 1] = followers[tokens[..., i], choices[..., i]]
+    return [whole_rows(batch) for batch in tokens]
+
+
+def whole_rows(tokens: np.ndarray) -> Batch:
+    """The batch of rows `[B, T + 1]` that are a document each."""
+    rows, length = tokens.shape[0], tokens.shape[1] - 1
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segments": np.ones((rows, length), np.int32),
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        "weights": np.ones((rows, length), np.float32),
+    }
 
 
 def print_check(check: CoordinateCheck, json_wanted: bool) -> None:

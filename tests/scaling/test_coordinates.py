@@ -78,7 +78,8 @@ def test_the_picture_is_a_png(checked):
 
 @pytest.mark.slow
 def test_with_completep_changes_do_not_depend_on_the_depth():
-    found = coordinate_check(tiny.config(**RUN), (2, 8, 16), along="depth", steps=4)
+    run = tiny.config(**RUN)
+    found = coordinate_check(run, (2, 8, 16), language(run, 4), along="depth")
     assert found.transfer == {"kind": "completep", "base_width": 32, "base_depth": 2}
     assert found.names == ("embedding", "last layer", "logits")
     assert all(abs(found.slope("on", name)) < 0.15 for name in found.names)
@@ -112,11 +113,13 @@ def test_other_sizes_are_in_proportion():
 )
 def test_sizes_that_cannot_be_are_refused(model, sizes, along, message):
     with pytest.raises(ConfigError, match=message):
-        coordinate_check(tiny.config(model=model), sizes, along=along)
+        coordinate_check(run := tiny.config(model=model), sizes, language(run, 1), along=along)
 
 
 def test_the_made_up_language_can_be_learned_and_is_the_same_again():
-    batch, again = (next(language(50, 8, 200, seed=3)) for _ in range(2))
+    run = tiny.config(model={"vocab_size": 50, "max_seq_len": 200}, train={"seq_len": 200, "global_batch_tokens": 1600})
+    (batch, other), (again, _) = language(run, 2), language(run, 2)
+    assert not np.array_equal(batch["inputs"], other["inputs"])
     for name, values in batch.items():
         np.testing.assert_array_equal(values, again[name])
     followers = {}
