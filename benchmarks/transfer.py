@@ -186,7 +186,8 @@ class Trainer:
         schedule = make_schedule(self.config.schedule, 1.0, steps)
 
         net, run = self.program.model, self.config
-        optimizer, placement = make_optimizer(run.optimizer, net), Placement.of(net, run.mesh.zero)
+        with jax.set_mesh(self.program.mesh):
+            optimizer, placement = make_optimizer(run.optimizer, net), Placement.of(net, run.mesh.zero)
 
         def step(state, batch, rate):
             paced = lambda number: rate * schedule(number)  # noqa: E731
@@ -201,7 +202,7 @@ class Trainer:
         )
 
     def run(self, rate: float, seeds: int) -> dict[str, Any]:
-        """Trains from each seed. The mean held-out loss in nats a byte, None where it is not finite, and the seconds."""
+        """Trains from each seed. The mean held-out loss in nats a byte, None where one diverged, and the seconds."""
         begin = time.perf_counter()
         losses = [self._loss_of(rate, seed) for seed in range(seeds)]
         loss = float(np.mean(losses)) if np.isfinite(losses).all() else None

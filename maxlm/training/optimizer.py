@@ -38,6 +38,8 @@ def scaled(
     model: Model, factor: Callable[[ModelConfig, tuple[str, ...], tuple[str, ...]], float]
 ) -> list[optax.GradientTransformation]:
     """What multiplies each weight's update by its own factor; nothing where all factors are 1."""
+    if model.config.transfer is None:
+        return []
 
     def of(path, logical) -> float:
         return factor(model.config, tuple(str(part.key) for part in path), logical)
