@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from maxlm.cli_parsers import above_zero, add_command, at_least, fraction, with_json
+from maxlm.cli_parsers import above_zero, add_command, at_least, fraction, with_config, with_json
 from maxlm.errors import ConfigError
 
 # As maxlm.scaling.laws and frontier have them; here because the grammar must not import NumPy. A test compares.
@@ -23,6 +23,7 @@ def add_sweep(commands: Any) -> None:
     _add_ladder(group)
     _add_fit(group)
     _add_optimum(group)
+    _add_coordinates(group)
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -171,6 +172,41 @@ def _add_fit(commands: Any) -> None:
         help="which column of the table is which of ours, such as n_params=Size",
     )  # fmt: skip
     with_json(command)
+
+
+def coordinates(args: argparse.Namespace) -> None:
+    """Checks that what a model computes changes alike at all widths (or depths), with model.transfer and without."""
+    from maxlm.config import load_config
+    from maxlm.scaling.coordinates import coordinate_check, language, print_check, store_batches
+    from maxlm.scaling.coordinates_figure import draw_check
+
+    config, along = load_config(args.config, args.overrides), "depth" if args.depths else "width"
+    sizes = args.depths or args.widths or (64, 128, 256, 512)
+    batches = (store_batches if args.store else language)(config, args.steps)
+    check = coordinate_check(config, sizes, batches, along=along)
+    if args.png is not None:
+        draw_check(check, args.png)
+    print_check(check, args.json)
+    if args.png is not None and not args.json:
+        print(f"wrote {args.png}")
+
+
+def _add_coordinates(commands: Any) -> None:
+    command = add_command(commands, "coordinates", coordinates)
+    with_config(command)
+    sizes = command.add_mutually_exclusive_group()
+    sizes.add_argument("--widths", type=_sizes, metavar="N,N,...", help="values of d_model (default: 64,128,256,512)")
+    sizes.add_argument("--depths", type=_sizes, metavar="N,N,...", help="values of n_layers, in place of widths")
+    command.add_argument("--steps", type=at_least(1), default=10, metavar="N", help="of training (default: 10)")
+    command.add_argument(
+        "--store", action="store_true", help="train on the config's token store (default: on a made-up language)"
+    )
+    command.add_argument("--png", type=Path, metavar="FILE", help="draw the changes over the sizes")
+    with_json(command)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(at_least(1)(part.strip()) for part in text.split(","))
 
 
 def _renamed(text: str) -> tuple[str, str]:

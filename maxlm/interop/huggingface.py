@@ -32,6 +32,7 @@ from maxlm.interop.placing import leaf, read_params
 from maxlm.models.config import ModelConfig
 from maxlm.models.families import Family, family_for, family_of
 from maxlm.models.families.table import Tensor
+from maxlm.models.transfer import folded
 from maxlm.models.transformer import Model, Params
 
 if TYPE_CHECKING:
@@ -131,9 +132,19 @@ def export_params(
 
 
 def to_host(tensor: Tensor, config: ModelConfig, params: Params) -> np.ndarray:
-    """A tensor of the files, from the devices, in the format of the parameters."""
+    """A tensor of the files, from the devices, in the format of the parameters, or float32 where `model.transfer` is
+    multiplied into it."""
     arrays = [_part_of(leaf(params, path), tensor.index) for path in tensor.ours]
-    return tensor.weight.export([np.asarray(jax.device_get(array)) for array in arrays], config)
+    arrays = [np.asarray(jax.device_get(array)) for array in arrays]
+    return tensor.weight.export([_folded(a, path, config) for a, path in zip(arrays, tensor.ours, strict=True)], config)
+
+
+def _folded(array: np.ndarray, path: str, config: ModelConfig) -> np.ndarray:
+    """A weight of a model that is equal to this one and has no transfer."""
+    if (factor := folded(config, path)) == 1:
+        return array
+    array, norm_scale = array.astype(np.float32), path.endswith("norm.scale") and config.norm_unit_offset
+    return (1 + array) * factor - 1 if norm_scale else array * factor
 
 
 def _tensor(tensor: Tensor, config: ModelConfig, params: Params, dtype: str) -> np.ndarray:

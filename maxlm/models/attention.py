@@ -68,9 +68,9 @@ class Attention(nnx.Module):
         self.mask = mask_of(config, kind)
         d, h, g, k = config.d_model, config.n_heads, config.kv_heads, config.head_width
         out_std = config.residual_init_std
-        self.q = init.normal("q", (d, h, k), ("embed", "heads", "head_dim"), config.init_std)
-        self.k = init.normal("k", (d, g, k), ("embed", "kv_heads", "head_dim"), config.init_std)
-        self.v = init.normal("v", (d, g, k), ("embed", "kv_heads", "head_dim"), config.init_std)
+        self.q = init.normal("q", (d, h, k), ("embed", "heads", "head_dim"), config.hidden_init_std)
+        self.k = init.normal("k", (d, g, k), ("embed", "kv_heads", "head_dim"), config.hidden_init_std)
+        self.v = init.normal("v", (d, g, k), ("embed", "kv_heads", "head_dim"), config.hidden_init_std)
         self.o = init.normal("o", (h, k, d), ("heads", "head_dim", "embed"), out_std)
         if config.attention_bias:
             self.q_bias = init.full((h, k), ("heads", "head_dim"), 0.0)
@@ -129,7 +129,7 @@ class Attention(nnx.Module):
             relative=relative,
             sinks_H=use(self.sinks, jnp.float32) if self.config.attention_sinks else None,
             softcap=self.config.attention_softcap,
-            scale=self.config.attention_scale,
+            scale=self.config.score_scale,
             q_offset_B=context.lengths_B,
             implementation=self.config.attention_implementation,
         )

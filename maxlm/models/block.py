@@ -68,7 +68,7 @@ class Block(nnx.Module):
         y_BTD, cache = self.attention(self.attention_norm(x_BTD) if before else x_BTD, context, cache)
         if self.config.parallel_residual:
             z_BTD, routing = self._feed_forward(x_BTD, context)
-            return x_BTD + y_BTD + z_BTD, cache, routing
+            return x_BTD + self._scaled(y_BTD) + self._scaled(z_BTD), cache, routing
         x_BTD = self._add(x_BTD, y_BTD, self.attention_out_norm if after else None)
         if self.kind.cross:
             y_BTD = self.cross.attend(self.cross_norm(x_BTD) if before else x_BTD, context, encoded)
@@ -84,8 +84,12 @@ class Block(nnx.Module):
     def _add(self, x_BTD: jax.Array, y_BTD: jax.Array, norm: Norm | None) -> jax.Array:
         """The residual stream and a block's result."""
         if norm is None:
-            return x_BTD + y_BTD
-        return norm(x_BTD + y_BTD) if self.config.norm_placement == "post" else x_BTD + norm(y_BTD)
+            return x_BTD + self._scaled(y_BTD)
+        return norm(x_BTD + y_BTD) if self.config.norm_placement == "post" else x_BTD + self._scaled(norm(y_BTD))
+
+    def _scaled(self, y_BTD: jax.Array) -> jax.Array:
+        """A block's result as deep models with `model.transfer` take it."""
+        return y_BTD if (factor := self.config.scales.residual) == 1 else y_BTD * factor
 
 
 # Products of routed experts that policy `dots` keeps.

@@ -10,6 +10,7 @@ from pydantic import model_validator
 from maxlm.models.latent_config import LatentConfig
 from maxlm.models.moe_config import MoEConfig
 from maxlm.models.stacks import LayerKind, Segment, segments
+from maxlm.models.transfer_config import Scales, TransferConfig, misfits
 from maxlm.section import Section, key
 
 VOCAB_MULTIPLE = 128
@@ -278,6 +279,11 @@ class ModelConfig(Section):
     residual_init_scaling: bool = key(
         True, "projections into the residual stream start smaller, by 1 / sqrt(2 n_layers) (GPT-2)"
     )
+    transfer: TransferConfig | None = key(
+        None,
+        "learning rate, initial weights and multipliers are a base model's, scaled to this size; null: they are "
+        "this model's own",
+    )
     remat: RematConfig = key(RematConfig(), "what the backward pass keeps and what it computes again")
 
     @model_validator(mode="after")
@@ -419,6 +425,12 @@ class ModelConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _transfer_fits(self) -> ModelConfig:
+        if problems := misfits(self):
+            raise ValueError("\n".join(problems))
+        return self
+
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer; of an encoder_decoder, those of its decoder."""
@@ -493,9 +505,28 @@ class ModelConfig(Section):
         return self.mlp in ("swiglu", "swiglu_clamped", "geglu")
 
     @property
+    def scales(self) -> Scales:
+        """What this size makes of a base model's numbers."""
+        return Scales.of(self)
+
+    @property
+    def hidden_init_std(self) -> float:
+        """Standard deviation of matrices between widths when they start."""
+        return self.init_std * self.scales.hidden_init
+
+    @property
     def residual_init_std(self) -> float:
         """Standard deviation of projections into the residual stream when they start."""
-        return self.init_std / (2 * self.n_layers) ** 0.5 if self.residual_init_scaling else self.init_std
+        base_depth = self.transfer.base_depth if self.transfer is not None else None
+        n_layers = base_depth or self.n_layers
+        return self.hidden_init_std / (2 * n_layers) ** 0.5 if self.residual_init_scaling else self.hidden_init_std
+
+    @property
+    def score_scale(self) -> float | None:
+        """What attention multiplies scores by; None: 1 / sqrt(head_dim)."""
+        if (factor := self.scales.scores) == 1:
+            return self.attention_scale
+        return factor * (self.attention_scale or self.head_width**-0.5)
 
     @property
     def padded_vocab_size(self) -> int:

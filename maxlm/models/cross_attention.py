@@ -59,7 +59,7 @@ class CrossAttention(Attention):
             segments_BT=segments_BT,
             kv_segments_BS=kv_segments_BS,
             softcap=self.config.attention_softcap,
-            scale=self.config.attention_scale,
+            scale=self.config.score_scale,
             implementation="reference" if decoding else self.config.attention_implementation,
         )
         y_BTD = project(o_BTHK, self.o, self.dtype, *context.residual)

@@ -30,7 +30,7 @@ class HeadTransform(nnx.Module):
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, init: Initializer):
         self.dtype = dtype
         d = config.d_model
-        self.kernel = init.normal("kernel", (d, d), ("embed", "mlp"), config.init_std)
+        self.kernel = init.normal("kernel", (d, d), ("embed", "mlp"), config.hidden_init_std)
         self.bias = init.full((d,), ("mlp",), 0.0)
         self.norm: Norm = model_norm(config, init.at("norm"))
 

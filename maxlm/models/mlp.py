@@ -44,10 +44,10 @@ class MLP(nnx.Module):
         self.config, self.dtype = config, dtype
         d, f = config.d_model, d_ff or config.d_ff
         out_std = config.residual_init_std
-        self.up = init.normal("up", (d, f), ("embed", "mlp"), config.init_std)
+        self.up = init.normal("up", (d, f), ("embed", "mlp"), config.hidden_init_std)
         self.down = init.normal("down", (f, d), ("mlp", "embed"), out_std)
         if config.gated:
-            self.gate = init.normal("gate", (d, f), ("embed", "mlp"), config.init_std)
+            self.gate = init.normal("gate", (d, f), ("embed", "mlp"), config.hidden_init_std)
         if config.mlp_bias:
             self.up_bias = init.full((f,), ("mlp",), 0.0)
             self.down_bias = init.full((d,), ("norm",), 0.0)

@@ -40,7 +40,7 @@ class Router(nnx.Module):
     which is no part of them."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
-        moe = moe_config(config)
+        moe, self.factor = moe_config(config), config.scales.router
         self.noise, self.noise_scale = moe.router_noise, moe.router_noise_scale or 0.0
         self.kernel = init.normal("kernel", (config.d_model, moe.n_experts), ("embed", "router"), config.init_std)
         if moe.router_bias:
@@ -57,6 +57,8 @@ class Router(nnx.Module):
             sharding, low, high = jax.typeof(x_BTD).sharding, 1 - self.noise_scale, 1 + self.noise_scale
             x_BTD = x_BTD * jax.random.uniform(noise_key, x_BTD.shape, minval=low, maxval=high, out_sharding=sharding)
         logits_BTE = project(x_BTD, self.kernel, jnp.float32)
+        if self.factor != 1:
+            logits_BTE = logits_BTE * self.factor
         if hasattr(self, "bias"):
             logits_BTE = logits_BTE + use(self.bias, jnp.float32)
         if noise_key is not None and self.noise == "gaussian":
@@ -79,10 +81,10 @@ class Experts(nnx.Module):
         self.activation, self.gated, self.biased, self.dtype = config.mlp, config.gated, moe.expert_bias, dtype
         e, d, f = moe.n_experts, config.d_model, moe.d_ff
         out_std = config.residual_init_std
-        self.up = init.normal("up", (e, d, f), ("experts", "embed", "mlp"), config.init_std)
+        self.up = init.normal("up", (e, d, f), ("experts", "embed", "mlp"), config.hidden_init_std)
         self.down = init.normal("down", (e, f, d), ("experts", "mlp", "embed"), out_std)
         if self.gated:
-            self.gate = init.normal("gate", (e, d, f), ("experts", "embed", "mlp"), config.init_std)
+            self.gate = init.normal("gate", (e, d, f), ("experts", "embed", "mlp"), config.hidden_init_std)
         if self.biased:
             self.up_bias = init.full((e, f), ("experts", "mlp"), 0.0)
             self.down_bias = init.full((e, d), ("experts", "embed"), 0.0)

@@ -25,7 +25,7 @@ class MTPModule(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, init: Initializer):
         self.dtype = dtype
-        d, std = config.d_model, config.init_std
+        d, std = config.d_model, config.hidden_init_std
         self.embedding_norm = model_norm(config, init.at("embedding_norm"))
         self.hidden_norm = model_norm(config, init.at("hidden_norm"))
         self.embedding_proj = init.normal("embedding_proj", (d, d), ("mlp", "embed"), std)

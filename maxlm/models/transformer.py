@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ from maxlm.models.layers import Initializer, model_norm, use
 from maxlm.models.mtp import MTPModule, run_module
 from maxlm.models.positions import alibi_slopes, distance_sinusoids, rope_angles, sinusoids
 from maxlm.models.routing import Routing
-from maxlm.models.stacks import segments
+from maxlm.models.stacks import places, segments
 from maxlm.parallel.axes import activation_spec, constrain, weight_spec
 
 Params = dict[str, Any]
@@ -62,6 +63,8 @@ class Embedding(nnx.Module):
         x_BTD = embed(table_VD, tokens_BT, dtype=self.dtype, length_axis=length_axis)
         if self.config.embedding_scale:
             x_BTD = x_BTD * self.config.d_model**0.5
+        if (factor := self.config.scales.embedding) != 1:
+            x_BTD = x_BTD * factor
         if hasattr(self, "positions"):
             table = use(self.positions, self.dtype)
             rows_BT = positions_BT + self.config.position_offset if self.config.position_offset else positions_BT
@@ -165,6 +168,18 @@ class Transformer(nnx.Module):
         )
         return x_BTD, routings
 
+    def streams(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> list[jax.Array]:
+        """The residual stream behind the embedding and behind each layer, and at last what `__call__` gives: for a look
+        into models with one side. Layers are not scanned, so the program is as long as the model."""
+        side = "encoder" if self.config.kind == "encoder" else "decoder"
+        context = Context(*self._angles(positions_BT), segments_BT, bias=self._bias(side))
+        found = [self.embedding(tokens_BT, positions_BT, context)]
+        for place in places(self.config.layer_kinds):
+            graph, stacked = nnx.split(getattr(self, side)[place.stack])
+            layer = nnx.merge(graph, jax.tree.map(operator.itemgetter(place.index), stacked))
+            found.append(layer(found[-1], context, None)[0])
+        return [*found, found[-1] if self.config.norm_placement == "post" else self.final_norm(found[-1])]
+
     def ahead(
         self,
         x_BTD: jax.Array,
@@ -234,7 +249,8 @@ class Transformer(nnx.Module):
         """What the output projection is applied to, of the result of a call."""
         if self.config.head_transform:
             x_BTD = self.head.transform(x_BTD)
-        return x_BTD if self.config.logit_scale == 1 else x_BTD * self.config.logit_scale
+        factor = self.config.logit_scale * self.config.scales.output
+        return x_BTD if factor == 1 else x_BTD * factor
 
     def head_bias(self) -> jax.Array | None:
         """The bias on the logits `[V]`, if there is one."""

@@ -97,7 +97,7 @@ class Program:
 
     @cached_property
     def _optimizer(self):
-        return make_optimizer(self.config.optimizer)
+        return make_optimizer(self.config.optimizer, self.model)
 
     @cached_property
     def _placement(self) -> Placement:

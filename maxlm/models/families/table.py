@@ -16,6 +16,7 @@ from maxlm.errors import ConfigError
 from maxlm.models.config import ModelConfig
 from maxlm.models.moe_config import MoEConfig
 from maxlm.models.stacks import LayerKind, places
+from maxlm.models.transfer import unfoldable
 
 # Keys of a Hugging Face config.json, of any family, that do not change what the model computes.
 BOOKKEEPING = frozenset(
@@ -48,6 +49,7 @@ BOOKKEEPING = frozenset(
 # `Family.mixed` says.
 NOT_OF_THE_WEIGHTS = (
     *("init_std", "residual_init_scaling", "remat", "attention_implementation", "attention_pattern"),
+    "transfer",  # `unfoldable` says of what it has
     *("moe.balance_loss", "moe.balance_loss_over", "moe.z_loss", "moe.router_noise", "moe.router_noise_scale"),
 )
 
@@ -344,7 +346,7 @@ class Family:
             for key, other in self.linked.items()
             if value_of(config, key) != value_of(config, other)
         ]
-        return wrong + list(self.misfits(config))
+        return [*wrong, *unfoldable(config), *self.misfits(config)]
 
     @property
     def has_experts(self) -> bool:
