@@ -85,7 +85,7 @@ def _add_fit(commands: Any) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Writes a page about a table of runs: what was run, what the laws say of the next model, how far to believe them."""
+    """Writes a page about a table of runs: what was run, what the laws say of the next model, whether to believe it."""
     from maxlm.console import print_json
     from maxlm.scaling.captions import the_next_model, trust, what_was_run
     from maxlm.scaling.reporting import report as write

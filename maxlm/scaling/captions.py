@@ -183,7 +183,7 @@ def loss_curves_caption(study: Study) -> list[str]:
     here = f"The curves are of {plural(len(study.curves), 'run')}."
     if best is not None:
         here += (
-            f"The lowest held-out loss, {loss_text(best.held_out or math.nan)}, is {best.run}'s "
+            f" The lowest held-out loss, {loss_text(best.held_out or math.nan)}, is {best.run}'s "
             f"({count(best.n_params)} parameters)."
         )
     here += f" Dashed with a cross: {listed(bad)}." if bad else " None failed or diverged."
@@ -376,10 +376,10 @@ def backtest_caption(study: Study) -> list[str]:
         f"The fit's noise σ is {study.main.residual_scale:.2%}."
     )
     return [
-        "The law was fitted again without the largest runs, and then asked for their loss.",
+        "The law was fitted again without the largest runs, and then asked for their loss: a row for each.",
         (
-            "On the line the prediction is exact; below it the law promised a lower loss than was reached. An error "
-            "here is what to expect one such step beyond the largest run; further out it grows."
+            "Where diamond and dot meet, the prediction is exact; a dot left of its diamond promised a lower loss than "
+            "was reached. Inside the bar the miss is no more than the noise of single runs. The error here is what to expect one such step beyond the largest run; further out it grows."
         ),
         here,
     ]  # fmt: skip

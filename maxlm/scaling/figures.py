@@ -11,10 +11,9 @@ from matplotlib.lines import Line2D
 
 from maxlm.scaling.laws import find_law
 from maxlm.scaling.plots import Theme, colorbar, halo, losses, power, powers, widened
-from maxlm.scaling.study import TITLES, Row, Study, natural, path
+from maxlm.scaling.study import TITLES, Row, Study, band, natural, path
 
 MARKS = {"chinchilla": "-", "approach2": "--", "approach1": ":"}
-BAND = (2.5, 97.5)
 LABELLED = 4
 """Names of more runs that are left out would cover each other; the page's table has them."""
 ROOM = 4.0
@@ -115,15 +114,17 @@ def frontier(study: Study, figure: Figure, theme: Theme) -> None:
         result = study.fits.get(law)
         if result is None:
             continue
+        paths = path(result, flops)
+        if not np.isfinite(paths[0][0]).all():
+            continue
         names.append(Line2D([], [], color=color, ls=style, lw=2, label=TITLES[law]))
-        for axes, every, edge in zip(both, path(result, flops), limits, strict=True):
-            axes.plot(flops, np.exp(every[0]), color=color, ls=style, lw=2, zorder=3)
-            edge += [float(np.exp(every[0, 0])), float(np.exp(every[0, -1]))]
-            if len(every) > 1:
-                bottom, top = np.exp(np.nanpercentile(every[1:], BAND, axis=0))
-                axes.fill_between(flops, bottom, top, color=color, alpha=0.16, lw=0)
-                room = np.exp(every[0]) / ROOM, np.exp(every[0]) * ROOM
-                edge += [float(max(bottom[0], room[0][0])), float(min(top[-1], room[1][-1]))]
+        for axes, every, edge in zip(both, paths, limits, strict=True):
+            line, bands = np.exp(every[0]), band(every)
+            axes.plot(flops, line, color=color, ls=style, lw=2, zorder=3)
+            edge += [float(line[0]), float(line[-1])]
+            if bands is not None:
+                axes.fill_between(flops, *bands, color=color, alpha=0.16, lw=0)
+                edge += [float(max(bands[0][0], line[0] / ROOM)), float(min(bands[1][-1], line[-1] * ROOM))]
     if "approach2" in study.fits:
         for axes, name in zip(both, ("n_params", "n_tokens"), strict=True):
             minima = study.fits["approach2"].details["minima"]
@@ -134,6 +135,8 @@ def frontier(study: Study, figure: Figure, theme: Theme) -> None:
         names.append(
             Line2D([], [], marker="*", ls="", color=theme.line[1], ms=10, mec=theme.ink, label="parabola's minimum")
         )
+    for edge, name in zip(limits, ("n_params", "n_tokens"), strict=True):
+        edge += [getattr(row, name) for row in study.rows if row.used] if not edge else []
     for axes, title, edge in zip(both, ("parameters N*(C)", "tokens D*(C)"), limits, strict=True):
         powers(axes, "x", low, high, flops=True)
         powers(axes, "y", *widened(edge, 1.3))
@@ -144,7 +147,7 @@ def frontier(study: Study, figure: Figure, theme: Theme) -> None:
             "larger than\nany run", (max(used), 0.02), (5, 3), xycoords=("data", "axes fraction"),
             textcoords="offset points", fontsize=8, color=theme.soft,
         )  # fmt: skip
-    figure.legend(handles=names, loc="outside lower center", ncols=len(names))
+    figure.legend(handles=names, loc="outside lower center", ncols=max(len(names), 1))
 
 
 def contours(study: Study, figure: Figure, theme: Theme) -> None:

@@ -7,12 +7,14 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from maxlm.scaling.plots import Theme, halo, losses, powers, widened
+from maxlm.scaling.plots import Theme, losses, powers, widened
 from maxlm.scaling.published import HOFFMANN, KAPLAN, PARAMETRIC, REFIT
 from maxlm.scaling.result import Estimate
 from maxlm.scaling.study import TITLES, Study, exponents
 
 MARKERS = ("D", "s", "^", "v", "P")
+NAMED = 16
+"""More runs that are held out are drawn without their names, which would cover each other."""
 
 
 def residuals(study: Study, figure: Figure, theme: Theme) -> None:
@@ -21,50 +23,39 @@ def residuals(study: Study, figure: Figure, theme: Theme) -> None:
     assert study.main is not None
     used = [row for row in study.rows if row.used and row.residual is not None]
     others = [row for row in study.rows if not row.used and row.predicted is not None]
-    values = np.array([100 * (row.residual or 0.0) for row in used])
+    percent = {row.line: 100 * (row.residual or 0.0) for row in used}
     noise = 100 * study.main.residual_scale
-    reach = 1.25 * max(float(np.abs(values).max()), 2.5 * noise, 1e-3)
-    lines = {line for finding in study.main.findings if finding.kind == "outlier" for line in finding.rows}
-    ringed = [row for row in used if row.line in lines]
+    reach = 1.25 * max(*(abs(value) for value in percent.values()), 2.5 * noise, 1e-3)
+    # Without a loss, at the upper edge; beyond the edges, at them.
+    percent |= {
+        row.line: reach if row.residual is None else float(np.clip(100 * row.residual, -reach, reach)) for row in others
+    }
+    outliers = {line for finding in study.main.findings if finding.kind == "outlier" for line in finding.rows}
+    kinds = [
+        ("fitted", used, {"marker": "o", "color": theme.line[0], "mec": theme.card, "mew": 0.7}),
+        (
+            "outlier", [row for row in used if row.line in outliers],
+            {"marker": "o", "mfc": "none", "mec": theme.bad, "ms": 10, "mew": 1.4},
+        ),
+        ("left out", others, {"marker": "X", "color": theme.bad, "mec": theme.card, "ms": 8, "clip_on": False}),
+    ]  # fmt: skip
+    named = {}
     for axes, name, title in zip(
         three, ("n_params", "n_tokens", "predicted"), ("parameters N", "tokens D", "the law's loss"), strict=True
     ):
         low, high = widened([getattr(row, name) for row in (*used, *others)], 1.3 if name != "predicted" else 1.03)
-        if name == "predicted":
-            losses(axes, "x", low, high)
-        else:
-            powers(axes, "x", low, high)
+        (losses if name == "predicted" else powers)(axes, "x", low, high)
         axes.axhspan(-2 * noise, 2 * noise, color=theme.line[0], alpha=0.12, lw=0)
         axes.axhline(0, color=theme.soft, lw=1)
-        axes.plot(
-            [getattr(row, name) for row in used],
-            values,
-            "o",
-            color=theme.line[0],
-            mec=theme.card,
-            mew=0.7,
-            label="fitted",
-        )
-        axes.plot(
-            [getattr(row, name) for row in ringed], [100 * (row.residual or 0.0) for row in ringed], "o", mfc="none",
-            mec=theme.bad, ms=10, mew=1.4, label="outlier",
-        )  # fmt: skip
-        beyond = [(row, 100 * row.residual if row.residual is not None else reach) for row in others]
-        axes.plot(
-            [getattr(row, name) for row, _ in beyond], [float(np.clip(y, -reach, reach)) for _, y in beyond], "X",
-            color=theme.bad, mec=theme.card, ms=8, clip_on=False, zorder=5, label="left out",
-        )  # fmt: skip
+        for kind, rows, style in kinds:
+            if rows:
+                x, y = [getattr(row, name) for row in rows], [percent[row.line] for row in rows]
+                (named[kind],) = axes.plot(x, y, ls="", zorder=3, **style)
         axes.set_xlabel(title)
     three[0].set_ylim(-reach, reach)
     three[0].set_ylabel("measured over predicted loss")
     three[0].yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:+g}%" if value else "0"))
-    handles, labels = three[0].get_legend_handles_labels()
-    shown = [True, bool(ringed), bool(others)]
-    figure.legend(
-        [handle for handle, wanted in zip(handles, shown, strict=True) if wanted],
-        [label for label, wanted in zip(labels, shown, strict=True) if wanted],
-        loc="outside lower center", ncols=3,
-    )  # fmt: skip
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3)
 
 
 def parameters(study: Study, figure: Figure, theme: Theme) -> None:
@@ -133,38 +124,28 @@ def exponent_chart(study: Study, figure: Figure, theme: Theme) -> None:
 
 
 def backtest(study: Study, figure: Figure, theme: Theme) -> None:
-    """Losses of the largest runs: predicted from the smaller ones, against measured."""
+    """Losses of the largest runs, a row each: predicted from the smaller ones, and measured."""
     axes = figure.subplots()
     assert study.main is not None
     assert study.main.backtest is not None
-    held = study.main.backtest.held_out
     names = {row.line: row.name for row in study.rows}
-    actual = np.array([each.actual for each in held])
-    predicted = np.array([each.predicted for each in held])
+    sizes = {row.line: row.n_params for row in study.rows}
+    held = sorted(study.main.backtest.held_out, key=lambda each: sizes.get(each.row or -1, 0.0))
     noise = study.main.residual_scale
-    low, high = widened([*actual, *predicted], 1.012)
-    x = np.array([low, high])
-    axes.fill_between(
-        x,
-        x * (1 - 2 * noise),
-        x * (1 + 2 * noise),
-        color=theme.line[0],
-        alpha=0.12,
-        lw=0,
-        label="noise of the fit, ±2σ",
-    )
-    axes.plot(x, x, color=theme.soft, lw=1, label="predicted = measured")
-    axes.vlines(actual, np.minimum(actual, predicted), np.maximum(actual, predicted), color=theme.line[1], lw=1)
-    axes.plot(actual, predicted, "o", color=theme.line[1], mec=theme.card, ms=7, zorder=4, label="run held out")
-    if len(held) <= 8:
-        for n, each in enumerate(sorted(held, key=lambda each: each.predicted)):
-            axes.annotate(
-                f"{names.get(each.row or -1, '')} {each.error:+.2%}", (each.actual, each.predicted),
-                (-8 if n % 2 else 8, -3), ha="right" if n % 2 else "left", textcoords="offset points", fontsize=8,
-                color=theme.ink, annotation_clip=False, path_effects=halo(theme), zorder=5,
-            )  # fmt: skip
-    losses(axes, "x", low, high)
-    losses(axes, "y", low, high)
-    axes.set_xlabel("measured loss, nats a token")
-    axes.set_ylabel("predicted from smaller runs")
-    axes.legend(loc="upper left")
+    y = np.arange(len(held))
+    actual, predicted = (np.array([getattr(each, name) for each in held]) for name in ("actual", "predicted"))
+    axes.hlines(
+        y, predicted * (1 - 2 * noise), predicted * (1 + 2 * noise), color=theme.line[0], lw=9, alpha=0.25,
+        label="the noise of runs, ±2σ",
+    )  # fmt: skip
+    axes.plot(predicted, y, "o", color=theme.line[0], ms=8, mec=theme.card, label="predicted from smaller runs")
+    axes.plot(actual, y, "D", color=theme.line[1], ms=6, mec=theme.card, label="measured")
+    if len(held) <= NAMED:
+        axes.set_yticks(y, [f"{names.get(each.row or -1, '')}  {each.error:+.2%}" for each in held], color=theme.ink)
+    else:
+        axes.set_yticks([])
+    axes.set_ylim(-0.7, len(held) - 0.3)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("loss, nats a token")
+    figure.legend(loc="outside upper left", ncols=3)

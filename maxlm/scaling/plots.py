@@ -45,7 +45,7 @@ class Theme:
         """Viridis without the end that this page's background would swallow."""
         return ListedColormap(matplotlib.colormaps["viridis"](np.linspace(*self.shades, 256)))
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Any:
         """For matplotlib's rc_context."""
         return {
             "font.family": "DejaVu Sans", "font.size": 9.5, "axes.titlesize": 10.5, "axes.titlelocation": "left",

@@ -82,14 +82,14 @@ def comparison(study: Study) -> str:
         size = each.size(flops) if math.isfinite(flops) else None
         told = f"{each.paper}; {each.note}"
         rows.append([each.name, f"{each.a:g}", f"{each.b:g}", *_choice(size or math.nan, flops), told])
-    budget = f" at {flops_text(flops)} FLOPs" if math.isfinite(flops) else ""
-    header = ["", "a of N* ~ C^a", "b of D* ~ C^b", f"N*{budget}", "tokens a parameter", "what it is"]
+    budget = f" N* is for {flops_text(flops)} FLOPs." if math.isfinite(flops) else ""
+    header = ["", "a of N* ~ C^a", "b of D* ~ C^b", "N*", "D* / N*", "what it is"]
     note = (
-        "<p>How a budget would be split, here and by the papers. A dash: the paper does not say. D* is taken to be "
+        f"<p>How a budget would be split, here and by the papers.{budget} A dash: the paper does not say. D* is taken to be "
         "C / 6N. Brackets hold 95% intervals. Published exponents come from other text, tokenizers and larger "
         "budgets.</p>"
     )
-    marks = ["total"] * ours + [""] * len(PUBLISHED)
+    marks = ["ours"] * ours + [""] * len(PUBLISHED)
     return note + table(header, rows, wraps=(5,), marks=marks) + _constants(study)
 
 
@@ -108,7 +108,7 @@ def _constants(study: Study) -> str:
         theirs = [[name, *(f"{values[each]:g}".replace("e+", "e") for each in names)] for name, values in published]
         title = "The constants of the law" if law == "chinchilla" else "The constants of Kaplan's law"
         parts.append(f"<h3>{title}</h3><p class='law'>{escape(result.equation)}</p>")
-        parts.append(table(["", *names], [ours, *theirs], marks=["total", *("" for _ in theirs)]))
+        parts.append(table(["", *names], [ours, *theirs], marks=["ours", *("" for _ in theirs)]))
     note = "<p>Exponents can be compared between papers; the other constants belong to one text and one tokenizer.</p>"
     return "".join([*parts, note]) if parts else ""
 

@@ -40,6 +40,7 @@ figcaption p { font-size: 14px; margin: 8px 0; max-width: 78ch; } figcaption p b
 .terms dt { font-weight: 600; } .terms dd { margin: 0; color: var(--soft); }
 .out > * { color: var(--bad); } .figures tbody .out th { color: var(--bad); }
 .law { font: 14px/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.ours > * { background: color-mix(in srgb, var(--a) 9%, transparent); }
 .law { overflow-wrap: anywhere; }
 @media (max-width: 560px) { .terms { grid-template-columns: 1fr; } .terms dd { margin-bottom: 8px; } }
 """
@@ -135,7 +136,7 @@ def _pictures() -> Callable[[Study], list[Picture]]:
                 figures_fit.residuals, captions.residuals_caption)),
             (study.main is not None and study.main.backtest is not None, Picture(
                 "backtest", "Back-test: the largest runs predicted from the others", "Predicted against measured loss",
-                (6.4, 4.6), figures_fit.backtest, captions.backtest_caption)),
+                (8, 3.6), figures_fit.backtest, captions.backtest_caption)),
         ]  # fmt: skip
         return [picture for there, picture in every if there]
 

@@ -12,11 +12,12 @@ import numpy as np
 from maxlm.errors import DataError
 from maxlm.evaluation.report import number, points, read_run
 from maxlm.scaling.allocation import best_split
+from maxlm.scaling.bootstrap import INTERVAL
 from maxlm.scaling.fitting import fit
 from maxlm.scaling.frontier import BUDGET_SPREAD
 from maxlm.scaling.laws import find_law
 from maxlm.scaling.result import Estimate, FitOptions, FitResult
-from maxlm.scaling.table import DONE, RunTable, budgets, read_table
+from maxlm.scaling.table import DONE, RunTable, budgets, read_table, usable
 
 LAWS = ("chinchilla", "approach2", "approach1", "kaplan-nd")
 """The first is what the page is about; the others stand beside it."""
@@ -36,7 +37,7 @@ FIRST_SHARE = 0.01
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's training: losses `[k]` (nats a token) by FLOPs and tokens spent, means over even steps of their logarithm."""
+    """A run's training: losses `[k]`, nats a token, by FLOPs and tokens spent, means in even steps of log FLOPs."""
 
     run: str
     n_params: float
@@ -161,6 +162,16 @@ def path(result: FitResult, flops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
+def band(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """The 95% interval at each budget of the resamples of `path`, `[g]`; None where there are none."""
+    resamples = logs[1:]
+    resamples = resamples[np.all(np.isfinite(resamples), axis=1)]
+    if not len(resamples):
+        return None
+    low, high = np.exp(np.quantile(resamples, INTERVAL, axis=0))
+    return low, high
+
+
 def exponents(result: FitResult) -> tuple[Estimate, Estimate]:
     """a and b of N* ~ C^a, D* ~ C^b: a law's own, or those that its exponents imply."""
     if result.law.startswith("approach"):
@@ -177,7 +188,8 @@ def exponents(result: FitResult) -> tuple[Estimate, Estimate]:
 def make_study(
     source: Path | str, options: FitOptions | None = None, *, columns: Mapping[str, str] | None = None
 ) -> Study:
-    """Reads a table or a sweep's folder, and fits all that the report shows. Raises DataError where it cannot be read.
+    """Reads a table or a sweep's folder, and fits all that the report shows. Raises DataError where it cannot be read,
+    or has no run with a size, tokens and a loss.
 
     A law that cannot be fitted is in `refused`, with the reason. Approach 1 of a sweep whose table has too few runs a
     size takes the points of the training curves, as Hoffmann et al. do.
@@ -185,6 +197,7 @@ def make_study(
     options = options or FitOptions()
     source = Path(source)
     table = read_table(source, columns)
+    usable(table, ("n_params", "n_tokens", "loss"))
     curves, no_curves = read_curves(source, table)
     fits, refused, of_curves = {}, {}, False
     for law in LAWS:
