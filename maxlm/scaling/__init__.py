@@ -1,4 +1,4 @@
-"""Scaling laws: from a compute budget to the next model. Each command of `maxlm sweep` is a function of its name here."""
+"""Scaling laws: from a compute budget to the next model. A command of `maxlm sweep` is a function of its name here."""
 
 from maxlm.scaling.fitting import fit as fit
 from maxlm.scaling.reporting import report as report

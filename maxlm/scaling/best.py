@@ -11,7 +11,7 @@ from maxlm.scaling.table import Finding, RunTable, binned, budgets
 
 # Of FLOPs that are one budget: a sweep's are within 1%.
 BUDGET_SPREAD = 1.05
-SAME = 1.001
+SAME = 1.0001
 MIN_SETTINGS = 3
 # Runs on each side of the best one that its parabola goes through.
 REACH = 2

@@ -29,7 +29,7 @@ MIN_DAMPING, RESTART_DAMPING, MAX_DAMPING = 1e-12, 1e-3, 1e10
 
 @dataclass(frozen=True)
 class Minima:
-    """Where S problems ended: `theta [S, p]`, `objective [S]`, `gradient [S]` (relative, of free parameters), `converged [S]`."""
+    """Where S problems ended: `theta [S, p]`, and of each objective, relative gradient, whether converged, iterations."""
 
     theta: np.ndarray
     objective: np.ndarray
@@ -154,7 +154,7 @@ class _Descent:
 
 @dataclass
 class _State:
-    """Residuals `[S, n]`, Jacobian `[S, p, n]`, gradient `[S, p]`, objective and relative gradient `[S]` at some theta."""
+    """At some theta: residuals `[S, n]`, Jacobian `[S, p, n]`, gradient `[S, p]`, objective and its norm `[S]`."""
 
     r: np.ndarray
     jacobian: np.ndarray

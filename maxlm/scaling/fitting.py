@@ -25,8 +25,6 @@ AGREE = 1e-6
 # Half the square of a residual of pure rounding.
 ROUNDING = 5e-17
 OTHER_STARTS = 2
-# Rows for each parameter from which runs are drawn, and below which residuals are.
-ROWS_TO_DRAW_RUNS = 12
 HELD_OUT, MAX_HELD_OUT = 0.1, 1 / 3
 SAME_SCALE = 1.25
 
@@ -71,8 +69,8 @@ def fit(
     """Fits the law of this name (`maxlm sweep fit --laws`) to a table, or to the file or sweep's folder that has it.
 
     `columns` says which column of the file is which of ours. Nothing wrong with the table is passed over: see the
-    result's `warnings`, `trusted` and `verdict`. Raises DataError where a column is missing or there are too few rows to
-    fit at all, ConfigError where there is no such law.
+    result's `warnings`, `trusted` and `verdict`. Raises DataError where a column is missing or there are too few rows
+    to fit at all, ConfigError where there is no such law.
     """
     options = options or FitOptions()
     rows = table if isinstance(table, RunTable) else read_table(table, columns)
@@ -88,10 +86,9 @@ def fit_law(table: RunTable, law: Law, options: FitOptions) -> FitResult:
     rows, findings = prepare(table, law)
     delta = law.delta if options.delta is None else options.delta
     solution = solve(law, rows.columns, options.loss, delta)
-    how = options.resample or ("runs" if len(rows) >= ROWS_TO_DRAW_RUNS * len(law.parameters) else "residuals")
     inner = np.empty((0, len(law.parameters)))
     if options.resamples:
-        inner = resampled(solution.fitted, clusters(rows), options.resamples, how, options.seed)
+        inner = resampled(solution.fitted, clusters(rows), options.resamples, options.seed)
     samples = law.natural(inner, solution.centre)
     natural = solution.natural
     result = FitResult(
@@ -111,7 +108,7 @@ def fit_law(table: RunTable, law: Law, options: FitOptions) -> FitResult:
         rows_in_table=len(table),
         residual_scale=spread(solution.residuals),
         samples=samples,
-        resample=how if options.resamples else "none",
+        resample="runs" if options.resamples else "none",
         optimum=optima(law, natural, samples, rows, options.budgets),
         backtest=backtest(rows, law, options.loss, delta) if options.backtest else None,
     )
@@ -157,7 +154,7 @@ def solve(law: Law, columns: Mapping[str, np.ndarray], kind: LossKind, delta: fl
 
 
 def clusters(rows: RunTable) -> np.ndarray:
-    """What is drawn together, `[n]` from 0: the rows of one run, where several are (token counts that branch off it)."""
+    """What is drawn together, `[n]` from 0: the rows of one run, where it has several (its points, or branches)."""
     runs = rows.text.get("run") or []
     if len(set(runs)) == len(runs) or not all(runs):
         return np.arange(len(rows))

@@ -14,7 +14,7 @@ from maxlm.scaling.table import Finding, RunTable, budgets, contradictions, usab
 from maxlm.scaling.verdict import beyond, intervals, verdict
 
 APPROACHES = {
-    "approach1": "the envelope of the loss curves of sizes over FLOPs: the size that is best at each of 1,500 FLOP counts",
+    "approach1": "the envelope of the loss curves of sizes: the size that is best at each of 1,500 FLOP counts",
     "approach2": "isoFLOP parabolas: at each budget the minimum of a parabola of log loss in log N",
 }
 SOURCE = "Hoffmann et al. 2022, arXiv:2203.15556, section 3"
@@ -70,7 +70,7 @@ def fit_frontier(table: RunTable, name: str, options: FitOptions) -> FitResult:
         parameters={key: Estimate.of(best[0, at], samples[:, at]) for at, key in enumerate(NAMES)},
         objective=objective, converged=True, starts=1, starts_agreeing=1, start_objectives=(objective,),
         gradient_norm=0.0, loss="squared", delta=None, rows=rows, rows_in_table=len(table), residual_scale=found.scale,
-        samples=samples, resample="sizes" if name == "approach1" else "residuals",
+        samples=samples, resample="none" if not options.resamples else "residuals" if found.scale else "sizes",
         optimum=tuple(_optimum(flops, best, samples) for flops in asked),
         backtest=backtest(found) if options.backtest else None,
         details={"minima": [
@@ -81,7 +81,7 @@ def fit_frontier(table: RunTable, name: str, options: FitOptions) -> FitResult:
     findings += [*found.findings, *few_budgets(found)]
     if options.resamples:
         findings += intervals(result, options.resamples)
-    result = replace(result, findings=tuple([*findings, *beyond(result, SIZE_ERROR)]))
+    result = replace(result, findings=(*findings, *beyond(result, SIZE_ERROR)))
     return replace(result, verdict=verdict(result))
 
 
@@ -148,22 +148,22 @@ def isoflop(rows: RunTable, resamples: int, seed: int) -> Frontier:
     group = budgets(rows, BUDGET_SPREAD)
     log_n, log_d, y = (np.log(rows.columns[name]) for name in ("n_params", "n_tokens", "loss"))
     log_c = np.log(rows.columns["flops"])
-    found, findings = [], []
+    found, left_out, askew = [], {}, {}
     for at in range(group.max() + 1):
         pick = group == at
-        told = f"the budget of {np.exp(np.mean(log_c[pick])):.3g} FLOPs"
+        budget = f"{np.exp(np.mean(log_c[pick])):.3g}"
         if np.unique(np.round(log_n[pick], 6)).size < MIN_SIZES:
-            findings.append(
-                rows.finding("few sizes", pick, f"{told} has fewer than {MIN_SIZES} sizes, left out", severe=True)
-            )
+            left_out.setdefault(f"fewer than {MIN_SIZES} sizes", []).append(budget)
             continue
         curve = _Parabola.through(log_n[pick], log_d[pick], y[pick], float(np.mean(log_c[pick])))
         if curve.problem:
-            findings.append(Finding("off-centre", f"{told}: {curve.problem}, left out", severe=True))
+            left_out.setdefault(curve.problem, []).append(budget)
             continue
         if curve.warning:
-            findings.append(Finding("off-centre", f"{told}: {curve.warning}"))
+            askew.setdefault(curve.warning, []).append(budget)
         found.append(curve)
+    findings = [Finding("off-centre", f"left out, {why}: {_of(which)}", severe=True) for why, which in left_out.items()]
+    findings += [Finding("off-centre", f"{why}: {_of(which)}") for why, which in askew.items()]
     freedom = sum(max(len(curve.y) - 3, 0) for curve in found)
     residuals = np.concatenate([curve.residuals for curve in found if len(curve.y) > 3] or [np.zeros(1)])
     scale = float(np.sqrt(np.sum(residuals**2) / freedom)) if freedom else 0.0
@@ -179,6 +179,10 @@ def isoflop(rows: RunTable, resamples: int, seed: int) -> Frontier:
     log_flops, log_size, log_tokens = np.array([curve.minimum for curve in found]).reshape(-1, 3).T
     samples = power_laws(log_flops, sizes, tokens) if len(found) > 1 else np.empty((0, 4))
     return Frontier(log_flops, log_size, log_tokens, samples, scale, findings)
+
+
+def _of(budgets: list[str]) -> str:
+    return f"budget{'s' if len(budgets) > 1 else ''} of {', '.join(budgets)} FLOPs"
 
 
 @dataclass(frozen=True)
@@ -225,11 +229,10 @@ class _Parabola:
         """Why this parabola has no minimum that could be used; nothing if it has."""
         curve, slope, _ = self.solver @ self.y
         if curve <= 0:
-            return "its parabola opens downwards"
+            return "the parabola opens downwards"
         at = -slope / (2 * curve)
         if not self.x.min() <= at <= self.x.max():
-            side = "smaller than its smallest" if at < 0 else "larger than its largest"
-            return f"the minimum of its parabola, {np.exp(at + self.middle):.3g}, is {side} run"
+            return f"the parabola's minimum is {'smaller' if at < 0 else 'larger'} than any of its runs"
         return ""
 
     @property
@@ -238,7 +241,7 @@ class _Parabola:
         at = self.minimum[1] - self.middle
         below, above = np.sum(self.x < at), np.sum(self.x > at)
         if min(below, above) < 2:
-            return f"off-centre, {below} of its runs are smaller than the minimum and {above} larger"
+            return f"off-centre, hardly a run is {'smaller' if below < above else 'larger'} than the minimum"
         return ""
 
 
@@ -294,7 +297,7 @@ def _resampled_envelope(
 
 @dataclass(frozen=True)
 class _Curve:
-    """A size's log loss over log FLOPs. `smooth [g, n]` takes its points' to FLOP counts, of which those are `inside`."""
+    """A size's log loss over log FLOPs. `smooth [g, n]` takes its points to FLOP counts, of which some are `inside`."""
 
     log_n: float
     y: np.ndarray

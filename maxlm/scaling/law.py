@@ -213,9 +213,11 @@ class TermsLaw(Law):
 
 
 def variable(name: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    """A column, or what laws make of columns: `tokens_per_parameter` (D / N), `active_share` (1 - S)."""
+    """A column, or what laws make of columns: `tokens_per_parameter` (D / N), `active_share` (1 - S), FLOPs (6ND)."""
     if name == "tokens_per_parameter":
         return columns["n_tokens"] / columns["n_params"]
+    if name == "flops" and name not in columns:
+        return 6 * columns["n_params"] * columns["n_tokens"]
     if name == "active_share":
         return columns["n_params_active"] / columns["n_params"]
     return np.asarray(columns[name], np.float64)

@@ -18,7 +18,7 @@ KAPLAN = "Kaplan et al. 2020, arXiv:2001.08361"
 
 @dataclass(frozen=True)
 class KaplanND(Law):
-    """L(N, D) of Kaplan et al., eq. 1.5. Inside: u = rho log(N_c / N), v = log(D_c / D) at the centre, and the exponents."""
+    """L(N, D) of Kaplan et al., eq. 1.5. Inside: rho log(N_c / N) and log(D_c / D) at the centre, and the exponents."""
 
     def variables(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         return np.log(np.stack([columns["n_params_nonembedding"], columns["n_tokens"]], axis=-1))
@@ -122,8 +122,8 @@ LAWS: dict[str, Law] = {
             terms=(Term("E"), Term("A", (("alpha", "n_params", -1),)), Term("B", (("beta", "n_tokens", -1),))),
             exponents=(Exponent("alpha", grid=GRID), Exponent("beta", grid=GRID)),
         ),
-        _power("kaplan-n", "Kaplan, of the size", "L(N) = (N_c / N)^alpha_N", f"{KAPLAN}, eq. 1.1; N without embeddings",
-               "n_params_nonembedding", "N_c", "alpha_N"),
+        _power("kaplan-n", "Kaplan, of the size", "L(N) = (N_c / N)^alpha_N",
+               f"{KAPLAN}, eq. 1.1; N without embeddings", "n_params_nonembedding", "N_c", "alpha_N"),
         _power("kaplan-d", "Kaplan, of the data", "L(D) = (D_c / D)^alpha_D", f"{KAPLAN}, eq. 1.2",
                "n_tokens", "D_c", "alpha_D"),
         _power("kaplan-c", "Kaplan, of the compute", "L(C) = (C_c / C)^alpha_C", f"{KAPLAN}, eq. 1.3; C in FLOPs",
@@ -157,7 +157,8 @@ LAWS: dict[str, Law] = {
             name="data-constrained", title="Repeated tokens",
             equation="L = E + A / N'^alpha + B / D'^beta; "
             "D' = U (1 + R_D_star (1 - exp(-(D / U - 1) / R_D_star))), N' likewise of R_N_star",
-            source="Muennighoff et al. 2023, arXiv:2305.16264, section 3.1", columns=("n_params", "n_tokens", "unique_tokens"),
+            source="Muennighoff et al. 2023, arXiv:2305.16264, section 3.1",
+            columns=("n_params", "n_tokens", "unique_tokens"),
             parameters=("E", "A", "B", "alpha", "beta", "R_N_star", "R_D_star"),
         ),
         TermsLaw(

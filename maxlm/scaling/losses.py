@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 LossKind = Literal["huber", "lad", "squared"]
-# LAD is Huber's loss divided by its delta, as delta goes to 0. The last one leaves at most delta / 2 a row between the two.
+# LAD is Huber's loss over its delta, as delta goes to 0: the last leaves at most delta / 2 a row between the two.
 LAD_DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 
 
@@ -17,8 +17,8 @@ LAD_DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 class Huber:
     """r^2 / 2 up to `delta` and delta (|r| - delta / 2) beyond (Huber 1964); with delta infinite, half the square.
 
-    The sum over rows, not the mean: with the delta of 1e-3 that Hoffmann et al. use (arXiv:2203.15556, section D.2), a mean
-    is of the order of 1e-6, and an optimizer with an absolute tolerance stops where it starts.
+    The sum over rows, not the mean: with the delta of 1e-3 that Hoffmann et al. use (arXiv:2203.15556, section D.2), a
+    mean is of the order of 1e-6, and an optimizer with an absolute tolerance stops where it starts.
     """
 
     delta: float

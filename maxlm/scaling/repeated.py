@@ -17,7 +17,7 @@ EXCESS = (2.0, 20.0)
 
 @dataclass(frozen=True)
 class DataConstrained(Law):
-    """Chinchilla's law of effective sizes: what repeating tokens, and parameters beyond those that U warrant, are worth.
+    """Chinchilla's law of effective sizes: what repeated tokens, and parameters beyond what U warrant, are worth.
 
     The parameters U_N that U unique tokens warrant are the compute-optimal ones, where alpha A / N^alpha equals
     beta B / U^beta, or N if that is less (section 3.1). Inside, both R_star are logarithms.
@@ -61,13 +61,13 @@ class DataConstrained(Law):
         size, tokens, unique = z.T
         found = []
         for alpha, beta, rn, rd in itertools.product(EXPONENTS, EXPONENTS, EXCESS, REPEATS):
-            d, *_ = _effective(tokens, unique, np.float64(rd))
+            d, *_ = _effective(tokens, unique, np.asarray(rd))
             n = size
             for _ in range(2):  # A and B without excess parameters first, and with those that they tell
                 shapes = np.exp(np.stack([-y, -alpha * n - y, -beta * d - y]))
                 e, a, b = np.maximum(not_negative_least_squares(shapes[None])[0], (0, 1e-6, 1e-6))
                 warranted, _ = _warranted(a, b, alpha, beta, unique)
-                n, *_ = _effective(size, np.minimum(warranted, size), np.float64(rn))
+                n, *_ = _effective(size, np.minimum(warranted, size), np.asarray(rn))
             found.append((e, a, b, alpha, beta, np.log(rn), np.log(rd)))
         return np.array(found)
 

@@ -7,19 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from maxlm.scaling.bootstrap import Resample, interval
+from maxlm.scaling.bootstrap import interval
 from maxlm.scaling.losses import LossKind
 from maxlm.scaling.table import Finding, RunTable
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How to fit: the loss of residuals, its `delta` (None: the law's), the bootstrap, and FLOP budgets to answer for."""
+    """How to fit: the loss of residuals, its `delta` (None: the law's), the bootstrap; FLOP budgets to answer for."""
 
     loss: LossKind = "huber"
     delta: float | None = None
     resamples: int = 2000
-    resample: Resample | None = None
     seed: int = 0
     budgets: tuple[float, ...] = ()
     backtest: bool = True

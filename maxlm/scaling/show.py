@@ -83,9 +83,8 @@ def optimum_row(flops: float, size: Estimate, tokens: Estimate, loss: Estimate |
 
 def print_backtest(test: Backtest) -> None:
     """What the smaller runs said of the largest."""
-    print(
-        f"back-test: fitted to the {test.rows_fitted} smaller, the largest being {test.factor:.3g} times them in {test.measure}:"
-    )
+    beyond = f"the largest is {test.factor:.3g} times them in {test.measure}"
+    print(f"back-test: fitted to the {test.rows_fitted} smaller, and {beyond}:")
     print(f"{test.target} missed by {test.mean_error:+.2%} on average, {test.worst_error:+.2%} at worst")
     print_table([_held_out_row(each) for each in test.held_out[:SHOWN_HELD_OUT]], False)
 

@@ -61,7 +61,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class RunTable:
-    """Runs as rows: `columns` float64 `[n]`, NaN where there is nothing; `text` `[n]`; `lines`, the rows' in the file."""
+    """Runs as rows: `columns`, float64 `[n]`, NaN where there is nothing; `text` `[n]`; `lines`, theirs in the file."""
 
     columns: dict[str, np.ndarray]
     text: dict[str, list[str]] = field(default_factory=dict)
@@ -322,19 +322,33 @@ def _show(value: float) -> str:
 
 
 def contradictions(table: RunTable) -> list[Finding]:
-    """FLOPs that cannot be of the row's parameters and tokens: over `FLOPS_TOLERANCE` away from 6ND (6 N_active D)."""
+    """FLOPs that cannot be of the row's parameters and tokens: over `FLOPS_TOLERANCE` away from 6ND (6 N_active D).
+
+    A table that counts all its FLOPs otherwise is told so once, and its rows are compared with each other.
+    """
     columns = table.columns
     if not {"flops", "n_params", "n_tokens"} <= set(columns):
         return []
     size = columns.get("n_params_active", columns["n_params"])
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = columns["flops"] / (6 * size * columns["n_tokens"])
-    off = np.isfinite(ratio) & (np.abs(np.log(np.where(ratio > 0, ratio, 1))) > math.log(FLOPS_TOLERANCE))
-    if not off.any():
+    known = np.isfinite(ratio) & (ratio > 0)
+    if not known.any():
         return []
-    shown = f"{np.median(ratio[off]):.3g} times" if off.sum() > 1 else f"{ratio[off][0]:.3g} times"
-    remedy = "one of the three numbers is wrong, or is counted otherwise (embeddings, forward alone, active parameters)"
-    return [table.finding("flops", off, f"flops contradict 6ND, they are {shown} it; {remedy}")]
+    logs = np.log(np.where(known, ratio, 1.0))
+    usual, findings = float(np.median(logs[known])), []
+    if abs(usual) > math.log(FLOPS_TOLERANCE):
+        told = f"flops contradict 6ND throughout, they are about {math.exp(usual):.3g} times it"
+        findings.append(Finding("flops", f"{told}: attention, embeddings or the backward pass are counted otherwise"))
+    else:
+        usual = 0.0
+    off = known & (np.abs(logs - usual) > math.log(FLOPS_TOLERANCE))
+    if off.any():
+        low, high = f"{ratio[off].min():.3g}", f"{ratio[off].max():.3g}"
+        shown = low if low == high else f"{low} to {high}"
+        told = f"flops contradict 6ND, they are {shown} times it: one of the three numbers is wrong"
+        findings.append(table.finding("flops", off, told, severe=bool(off.mean() > 0.1)))
+    return findings
 
 
 def binned(values: np.ndarray, spread: float) -> np.ndarray:

@@ -28,7 +28,8 @@ OUTLIER = 5.0
 LEAST_NOISE = 1e-5
 # Eigenvalues of the curvature, scaled to a unit diagonal: the ratio below which a direction is flat.
 FLAT = 1e-8
-WIDE_OPTIMUM = 3.0
+# Intervals: of an exponent, beyond 0.1 and this share of it; of a best size, high / low.
+WIDE, WIDE_OPTIMUM = 0.5, 3.0
 BAD_RESIDUALS = 0.05
 EXTRAPOLATION = 30.0
 MIN_BACKTEST_ERROR = 0.005
@@ -64,8 +65,9 @@ def designs(rows: RunTable, law: Law) -> list[Finding]:
     if len(two) == 2 and not single and law.target == "loss":
         flops = rows.columns["flops"]
         if flops.max() < SAME * flops.min():
-            told = f"all runs have one budget, {np.median(flops):.3g} FLOPs: N and D move against each other, so their terms"
-            found.append(Finding("one budget", f"{told} cannot be told apart, nor from E; add budgets", severe=True))
+            told = f"all runs have one budget, {np.median(flops):.3g} FLOPs: N and D move against each other, and"
+            what = "their terms cannot be told apart, nor from E; add budgets"
+            found.append(Finding("one budget", f"{told} {what}", severe=True))
         elif np.abs(np.corrcoef(logs[two[0]], logs[two[1]])[0, 1]) > 0.995:
             told = "N and D rise together (one ratio of tokens to parameters): their terms cannot be told apart"
             found.append(Finding("one ratio", f"{told}; add runs at other ratios", severe=True))
@@ -154,15 +156,18 @@ def intervals(result: FitResult, resamples: int) -> list[Finding]:
         told = f"{lost} of {resamples} resamples did not converge; intervals are of the others"
         found.append(Finding("resamples", told, severe=lost > 0.1 * resamples))
     for name, estimate in result.parameters.items():
-        wide = exponent(name) and not estimate.high - estimate.low <= max(abs(estimate.value), 0.1)
-        if wide:
-            told = f"{name} is known only to be in {estimate.low:.3g} to {estimate.high:.3g}: the interval is too wide to use"
+        width = estimate.high - estimate.low
+        if exponent(name) and not width <= 0.1 + WIDE * abs(estimate.value):
+            told = f"{name} is only known to be in {estimate.low:.3g} to {estimate.high:.3g}, too wide to extrapolate"
             found.append(Finding("wide", told, severe=True))
-    vague = [point for point in result.optimum if not point.n_params.factor <= WIDE_OPTIMUM]
-    if vague:
-        at = vague[0]
-        told = f"at {at.flops:.3g} FLOPs the best size is known only to be in {at.n_params.low:.3g} to {at.n_params.high:.3g}"
-        found.append(Finding("wide", told, severe=True))
+    for point in result.optimum:
+        if not np.isfinite(point.n_params.value):
+            found.append(Finding("no optimum", f"at {point.flops:.3g} FLOPs the law has no best size", severe=True))
+            break
+        if not point.n_params.factor <= WIDE_OPTIMUM:
+            told = f"the best size is only known to be in {point.n_params.low:.3g} to {point.n_params.high:.3g}"
+            found.append(Finding("wide", f"at {point.flops:.3g} FLOPs {told}", severe=True))
+            break
     return found
 
 
@@ -172,7 +177,7 @@ def exponent(name: str) -> bool:
 
 
 def beyond(result: FitResult, tolerance: float | None = None) -> list[Finding]:
-    """Answers far outside the table, and a back-test that missed by more than `tolerance` (None: what the noise allows)."""
+    """Answers far outside the table, and a back-test that missed by over `tolerance` (None: what the noise allows)."""
     found = []
     if result.optimum:
         largest = float(np.max(result.rows.columns["flops"]))

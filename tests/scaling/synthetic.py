@@ -96,62 +96,64 @@ def sigmoid(loss, floor, ceiling, slope, midpoint, **_):
 PF_DAY = 1e15 * 24 * 3600
 KNOWN: dict[str, Known] = {
     # The published re-fit of Chinchilla's data (Besiroglu et al. 2024, arXiv:2404.10102, table 1).
-    "chinchilla": Known(dict(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658), chinchilla, sizes_and_tokens),
+    "chinchilla": Known(
+        {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}, chinchilla, sizes_and_tokens
+    ),
     "kaplan-n": Known(
-        dict(N_c=8.8e13, alpha_N=0.076),
+        {"N_c": 8.8e13, "alpha_N": 0.076},
         lambda n_params_nonembedding, N_c, alpha_N: (N_c / n_params_nonembedding) ** alpha_N,
         lambda rng, n: {"n_params_nonembedding": log_uniform(rng, 1e5, 1e9, n)},
         rows=40,
     ),
     "kaplan-d": Known(
-        dict(D_c=5.4e13, alpha_D=0.095),
+        {"D_c": 5.4e13, "alpha_D": 0.095},
         lambda n_tokens, D_c, alpha_D: (D_c / n_tokens) ** alpha_D,
         lambda rng, n: {"n_tokens": log_uniform(rng, 2e7, 2e10, n)},
         rows=40,
     ),
     "kaplan-c": Known(
-        dict(C_c=3.1e8 * PF_DAY, alpha_C=0.050),
+        {"C_c": 3.1e8 * PF_DAY, "alpha_C": 0.050},
         lambda flops, C_c, alpha_C: (C_c / flops) ** alpha_C,
         lambda rng, n: {"flops": np.geomspace(1e-6, 1, n) * PF_DAY},
         rows=40,
     ),
     "kaplan-nd": Known(
-        dict(N_c=6.4e13, D_c=1.8e13, alpha_N=0.076, alpha_D=0.103),
+        {"N_c": 6.4e13, "D_c": 1.8e13, "alpha_N": 0.076, "alpha_D": 0.103},
         kaplan_nd,
         lambda rng, n: {
             "n_params_nonembedding": log_uniform(rng, 1e6, 1e9, n), "n_tokens": log_uniform(rng, 2e7, 2e10, n)
         },
     ),
     "saturating": Known(
-        dict(L_inf=1.7, N_c=3e8, alpha=0.25),
+        {"L_inf": 1.7, "N_c": 3e8, "alpha": 0.25},
         lambda n_params, L_inf, N_c, alpha: L_inf + (N_c / n_params) ** alpha,
         lambda rng, n: {"n_params": log_uniform(rng, 1e6, 1e11, n)},
         rows=60,
     ),
     "over-training": Known(
-        dict(E=1.8, a=140.0, b=150.0, eta=0.14), over_training,
+        {"E": 1.8, "a": 140.0, "b": 150.0, "eta": 0.14}, over_training,
         lambda rng, n: sizes_and_tokens(rng, n),
     ),
     "data-constrained": Known(
-        dict(E=1.87, A=521.0, B=1488.0, alpha=0.353, beta=0.353, R_N_star=5.31, R_D_star=15.4),
+        {"E": 1.87, "A": 521.0, "B": 1488.0, "alpha": 0.353, "beta": 0.353, "R_N_star": 5.31, "R_D_star": 15.4},
         data_constrained, with_repeats, rows=240,
     ),
     "moe": Known(
-        dict(e=0.94, a=16612.5, b=5455.67, c=0.4598, d=17.26,
-             alpha=0.5962, beta=0.3954, **{"lambda": -0.1666}, delta=0.1603, gamma=0.1595),
+        {"e": 0.94, "a": 16612.5, "b": 5455.67, "c": 0.4598, "d": 17.26,
+             "alpha": 0.5962, "beta": 0.3954, "lambda": -0.1666, "delta": 0.1603, "gamma": 0.1595},
         moe, of_experts, rows=300, noise=0.002,
     ),
     "learning-rate": Known(
-        dict(c=1.79, a=-0.713, b=0.307),
+        {"c": 1.79, "a": -0.713, "b": 0.307},
         lambda n_params, n_tokens, c, a, b: c * n_params**a * n_tokens**b,
         sizes_and_tokens, target="learning_rate", rows=60, noise=0.1,
     ),
     "batch": Known(
-        dict(c=0.58, b=0.571), lambda n_tokens, c, b: c * n_tokens**b,
+        {"c": 0.58, "b": 0.571}, lambda n_tokens, c, b: c * n_tokens**b,
         lambda rng, n: {"n_tokens": log_uniform(rng, 1e9, 1e12, n)}, target="batch_tokens", rows=60, noise=0.1,
     ),
     "downstream": Known(
-        dict(floor=0.25, ceiling=0.9, slope=3.0, midpoint=2.4), sigmoid,
+        {"floor": 0.25, "ceiling": 0.9, "slope": 3.0, "midpoint": 2.4}, sigmoid,
         lambda rng, n: {"loss": rng.uniform(1.2, 4.2, n)}, target="accuracy", rows=80, noise=0.01,
     ),
 }  # fmt: skip
