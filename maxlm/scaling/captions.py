@@ -379,7 +379,8 @@ def backtest_caption(study: Study) -> list[str]:
         "The law was fitted again without the largest runs, and then asked for their loss: a row for each.",
         (
             "Where diamond and dot meet, the prediction is exact; a dot left of its diamond promised a lower loss than "
-            "was reached. Inside the bar the miss is no more than the noise of single runs. The error here is what to expect one such step beyond the largest run; further out it grows."
+            "was reached. Inside the bar the miss is no more than the noise of single runs. The error here is what to "
+            "expect one such step beyond the largest run; further out it grows."
         ),
         here,
     ]  # fmt: skip

@@ -44,7 +44,7 @@ def loss_curves(study: Study, figure: Figure, theme: Theme) -> None:
                 textcoords="offset points", fontsize=8, color=theme.bad, zorder=6, path_effects=halo(theme),
             )  # fmt: skip
     powers(axes, "x", x_low, x_high, flops=True)
-    losses(axes, "y", low, high)
+    losses(axes, "y", float(low), float(high))
     axes.set_xlabel("training FLOPs spent")
     axes.set_ylabel("loss, nats a token")
     colorbar(figure, axes, norm, theme, "parameters")

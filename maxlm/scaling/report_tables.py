@@ -85,8 +85,8 @@ def comparison(study: Study) -> str:
     budget = f" N* is for {flops_text(flops)} FLOPs." if math.isfinite(flops) else ""
     header = ["", "a of N* ~ C^a", "b of D* ~ C^b", "N*", "D* / N*", "what it is"]
     note = (
-        f"<p>How a budget would be split, here and by the papers.{budget} A dash: the paper does not say. D* is taken to be "
-        "C / 6N. Brackets hold 95% intervals. Published exponents come from other text, tokenizers and larger "
+        f"<p>How a budget would be split, here and by the papers.{budget} A dash: the paper does not say. D* is taken "
+        "to be C / 6N. Brackets hold 95% intervals. Published exponents come from other text, tokenizers and larger "
         "budgets.</p>"
     )
     marks = ["ours"] * ours + [""] * len(PUBLISHED)

@@ -123,8 +123,8 @@ def _pictures() -> Callable[[Study], list[Picture]]:
                 "frontier", "The frontier: best size and tokens by compute", "N* and D* over FLOPs by three methods",
                 (9.4, 4.4), figures.frontier, captions.frontier_caption)),
             (study.main is not None, Picture(
-                "contours", "The law's loss over size and tokens", "Contours of loss over parameters and tokens", (8, 5.6),
-                figures.contours, captions.contours_caption)),
+                "contours", "The law's loss over size and tokens", "Contours of loss over parameters and tokens",
+                (8, 5.6), figures.contours, captions.contours_caption)),
             (study.main is not None, Picture(
                 "parameters", "The law's parameters", "Parameters with their intervals", (8, 4.2),
                 figures_fit.parameters, captions.parameters_caption)),

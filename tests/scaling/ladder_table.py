@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from synthetic import KNOWN, chinchilla
 
 from maxlm.scaling.table import write_table
-from tests.scaling.synthetic import KNOWN, chinchilla
 
 NOISE = 0.003
 BUDGETS = (1e18, 3e18, 1e19, 3e19, 1e20)
@@ -36,21 +36,15 @@ def ladder_rows(seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
-def write_ladder(folder: Path) -> Path:
-    """The ladder as a bare CSV."""
-    return write_table(folder / "ladder.csv", ladder_rows())
-
-
-def write_sweep(folder: Path) -> Path:
-    """The ladder as a sweep's folder: runs.csv, and a folder a run with its config and its metrics."""
-    rows = ladder_rows()
+def write_sweep(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    """A ladder as a sweep's folder: runs.csv, and a folder a run with its config and its metrics."""
     write_table(folder / "runs.csv", rows)
     rng = np.random.default_rng(1)
     for row in rows:
         run = folder / row["run"]
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(f"name: {row['run']}\n")
-        lines = [] if row["status"] == "failed" and row is rows[0] else _metrics(row, rng)
+        lines = _metrics(row, rng)
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
