@@ -8,6 +8,7 @@ from html import escape
 from maxlm.evaluation.report import count
 from maxlm.scaling.captions import exponent, flops_text, loss_text, ratio, short
 from maxlm.scaling.published import KAPLAN, KAPLAN_ND, PARAMETRIC, PUBLISHED
+from maxlm.scaling.result import Estimate
 from maxlm.scaling.show import convergence
 from maxlm.scaling.study import METHODS, TITLES, Row, Study, exponents
 
@@ -104,13 +105,23 @@ def _constants(study: Study) -> str:
         if result is None:
             continue
         names = list(result.parameters)
-        ours = ["here", *(short(result.parameters[name], ratio) for name in names)]
+        # Ours of the first law have their intervals in the table of parameters.
+        show = _value if law == "chinchilla" else _with_interval
+        ours = ["here", *(show(result.parameters[name]) for name in names)]
         theirs = [[name, *(f"{values[each]:g}".replace("e+", "e") for each in names)] for name, values in published]
         title = "The constants of the law" if law == "chinchilla" else "The constants of Kaplan's law"
         parts.append(f"<h3>{title}</h3><p class='law'>{escape(result.equation)}</p>")
         parts.append(table(["", *names], [ours, *theirs], marks=["ours", *("" for _ in theirs)]))
     note = "<p>Exponents can be compared between papers; the other constants belong to one text and one tokenizer.</p>"
     return "".join([*parts, note]) if parts else ""
+
+
+def _value(estimate: Estimate) -> str:
+    return ratio(estimate.value)
+
+
+def _with_interval(estimate: Estimate) -> str:
+    return short(estimate, ratio)
 
 
 def _choice(size: float, flops: float) -> list[str]:
