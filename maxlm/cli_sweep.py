@@ -23,6 +23,7 @@ def add_sweep(commands: Any) -> None:
     _add_ladder(group)
     _add_fit(group)
     _add_optimum(group)
+    _add_report(group)
     _add_coordinates(group)
 
 
@@ -166,6 +167,47 @@ def _add_fit(commands: Any) -> None:
     command.add_argument(
         "--budget", type=above_zero, action="append", default=[], metavar="FLOPS",
         help="say the best size and tokens for these FLOPs; may be given several times",
+    )  # fmt: skip
+    command.add_argument(
+        "--column", type=_renamed, action="append", default=[], metavar="NAME=THEIRS",
+        help="which column of the table is which of ours, such as n_params=Size",
+    )  # fmt: skip
+    with_json(command)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Writes a page about a table of runs: what was run, what the laws say of the next model, whether to believe it."""
+    from maxlm.console import print_json
+    from maxlm.scaling.captions import the_next_model, trust, what_was_run
+    from maxlm.scaling.reporting import report as write
+    from maxlm.scaling.result import FitOptions
+
+    options = FitOptions(resamples=args.resamples, seed=args.seed, budgets=tuple(args.budget))
+    written = write(args.table, args.out, options, columns=dict(args.column))
+    if args.json:
+        fits = {law: result.to_dict() for law, result in written.study.fits.items()}
+        pictures = [str(path) for path in written.pictures]
+        print_json({"page": str(written.page), "pictures": pictures, "fits": fits, "refused": written.study.refused})
+        return
+    for say in (what_was_run, the_next_model, trust):
+        if text := say(written.study):
+            print(f"{text}\n")
+    print(f"{written.page}, and {len(written.pictures)} pictures beside it")
+
+
+def _add_report(commands: Any) -> None:
+    command = add_command(commands, "report", report)
+    command.add_argument("table", type=Path, metavar="TABLE_OR_SWEEP", help="CSV, Parquet, or a sweep's folder")
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="where to (default: report in a sweep's folder, NAME-report by a table)"
+    )
+    command.add_argument(
+        "--resamples", type=at_least(0), default=2000, metavar="N", help="of the bootstrap (default: 2000; 0: none)"
+    )
+    command.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the bootstrap (default: 0)")
+    command.add_argument(
+        "--budget", type=above_zero, action="append", default=[], metavar="FLOPS",
+        help="of the next model (default: the largest run's, and 10 times that); may be given several times",
     )  # fmt: skip
     command.add_argument(
         "--column", type=_renamed, action="append", default=[], metavar="NAME=THEIRS",

@@ -4,5 +4,6 @@ from maxlm.scaling.fitting import fit as fit
 from maxlm.scaling.optimum import Answer as Answer
 from maxlm.scaling.optimum import Question as Question
 from maxlm.scaling.optimum import optimum as optimum
+from maxlm.scaling.reporting import report as report
 from maxlm.scaling.result import FitOptions as FitOptions
 from maxlm.scaling.result import FitResult as FitResult
