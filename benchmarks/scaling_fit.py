@@ -3,9 +3,9 @@
     python benchmarks/scaling_fit.py
     python benchmarks/scaling_fit.py --rows 240 --out benchmarks/results/scaling_fit.json
 
-The grid is that of Hoffmann et al. (arXiv:2203.15556, section D.2) as Besiroglu et al. (arXiv:2404.10102) ran it: alpha and
-beta in 0 to 2, e in -1 to 1, a and b in 0 to 25, over log E, log A and log B. SciPy gets the same summed objective with its
-gradient in NumPy, and tolerances with which it ends where it should; with its defaults it ends early (the second row).
+The grid is that of Hoffmann et al. (arXiv:2203.15556, section D.2): alpha and beta in 0 to 2, e in -1 to 1, a and b in
+0 to 25, where e, a and b are logarithms of E, A and B. SciPy gets the same summed objective with its gradient in NumPy,
+once with tolerances that let it end where it should, and once with its own.
 """
 
 import argparse
