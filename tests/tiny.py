@@ -120,3 +120,15 @@ def train_losses(run: RunConfig, n_devices: int, steps: int) -> tuple[list[float
             state, metrics = step(state, to_mesh(here, host_batch(run, i % 4)))
             losses.append(float(metrics["loss"]))
         return losses, jax.device_get(state.params)
+
+
+def assert_close(found: Any, expected: Any, rtol: float) -> None:
+    """Each array within `rtol` of the largest magnitude in it: float32 sums in another order differ by that much.
+
+    A gradient that is zero but for rounding (of a key's bias, which softmax cannot see) is held to the others' scale.
+    """
+    scale = max(np.abs(b).max() for b in jax.tree.leaves(expected))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=rtol * max(np.abs(b).max(), 1e-3 * scale), err_msg=jax.tree_util.keystr(path)
+        )

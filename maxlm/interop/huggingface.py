@@ -120,7 +120,10 @@ def export_params(
     ids = {name: getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
     files = tokenizer.files() if tokenizer is not None else {}
     files["config.json"] = to_json(family.to_hf_config(config, dtype=dtype, special_ids=ids))
-    files["generation_config.json"] = to_json({f"{name}_token_id": i for name, i in ids.items() if i is not None})
+    # Where this file is, transformers does not look for them in config.json.
+    starts = {"decoder_start": config.decoder_start_id} if config.kind == "encoder_decoder" else {}
+    generation = {f"{name}_token_id": i for name, i in (ids | starts).items() if i is not None}
+    files["generation_config.json"] = to_json(generation)
     specs = [
         TensorSpec(name, tensor.weight.shape(config), dtype, partial(_tensor, tensor, config, params, dtype))
         for name, tensor in family.tensors(config).items()

@@ -1,4 +1,6 @@
-"""The mixture of experts in a layer and in training: against every expert on every token, across meshes, on resume."""
+"""The mixture of experts in a layer and in training: against every expert on every token, microbatches, resume."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,6 @@ from maxlm.models.moe import MoE
 from maxlm.parallel import support
 from tests import tiny, tiny_moe
 
-MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 DENSE = {
     "softmax": {},
     "topk_softmax, biases": {"router": "topk_softmax", "router_bias": True, "expert_bias": True},
@@ -84,17 +85,26 @@ def test_output_and_gradients_are_those_of_every_expert_on_every_token(case):
     assert (np.asarray(routing.dropped_B).sum() > 0) == ("capacity_factor" in DENSE[case])
 
 
-def trained(model, steps, mesh=None, train=None, state=None, first=0, rate=1e-2):
+@functools.cache
+def compiled(kind, accumulation=1, rate=1e-2):
+    """The program of a run on one device, and its step."""
+    program = tiny.program(
+        tiny.config(
+            model=MODELS[kind], train={"accumulation": accumulation}, optimizer={"learning_rate": rate},
+            schedule={"warmup_steps": 0},
+        )
+    )  # fmt: skip
+    return program, program.train_step()
+
+
+def trained(kind, steps, state=None, first=0, **keys):
     """The state and the metrics of each step of a run over four batches in turn."""
-    run = tiny.config(
-        model=model, mesh=mesh or {}, train=train or {}, optimizer={"learning_rate": rate}, schedule={"warmup_steps": 0}
-    )
-    program, metrics = tiny.program(run, 8 if mesh else 1), []
+    program, step = compiled(kind, **keys)
+    metrics = []
     with jax.set_mesh(program.mesh):
         state = program.init_state() if state is None else state(program)
-        step = program.train_step()
         for i in range(first, first + steps):
-            state, found = step(state, tiny.to_mesh(program, tiny.host_batch(run, i % 4)))
+            state, found = step(state, tiny.to_mesh(program, tiny.host_batch(program.config, i % 4)))
             metrics.append({name: float(value) for name, value in found.items()})
     return state, metrics
 
@@ -103,54 +113,54 @@ def bias_of(state):
     return np.asarray(jax.device_get(state.params["decoder"]["1"]["moe"]["router"]["balance_bias"]))
 
 
-BIASED = {**tiny_moe.DEEPSEEK, "n_layers": 2}
+MODELS = {
+    "biased": {**tiny_moe.DEEPSEEK, "n_layers": 2},
+    "one layer, biased": {**tiny.LLAMA, "n_layers": 1, "moe": section(router="sigmoid", balance_bias_rate=0.01)},
+    "one layer, still": {**tiny.LLAMA, "n_layers": 1, "moe": section(router="sigmoid", balance_bias_rate=0.0)},
+}
 
 
-def test_training_falls_and_is_equal_on_a_mesh_and_under_accumulation(tmp_path):
-    """Balance by bias and by sequence, z-loss, groups and shared experts at once; also resumed from a checkpoint."""
-    state, metrics = trained(BIASED, 6)
+def test_training_falls_and_is_equal_under_accumulation_and_after_a_resume(tmp_path):
+    """Balance by bias and by sequence, z-loss, groups and shared experts at once; meshes: `test_families`."""
+    state, metrics = trained("biased", 6)
     losses = [line["loss"] for line in metrics]
     assert losses[4] < losses[0] - 0.1
     names = {"expert_load_ratio/layer_1", "router_entropy/layer_1", "balance_loss", "router_z_loss"}
     assert names <= metrics[0].keys()
-    for mesh, train in ((MESH, None), (None, {"accumulation": 2})):
-        other_state, other = trained(BIASED, 6, mesh, train)
-        for a, b in zip(metrics, other, strict=True):
-            assert b == pytest.approx(a, rel=1e-5, abs=1e-5)
-        np.testing.assert_array_equal(bias_of(other_state), bias_of(state))
+    other_state, other = trained("biased", 6, accumulation=2)
+    for a, b in zip(metrics, other, strict=True):
+        assert b == pytest.approx(a, rel=1e-5, abs=1e-5)
+    np.testing.assert_array_equal(bias_of(other_state), bias_of(state))
     assert np.abs(bias_of(state)).max() > 0.001
 
-    half, _ = trained(BIASED, 3)
-    run = tiny.config(model=BIASED)
+    half, _ = trained("biased", 3)
     with Checkpoints(tmp_path, CheckpointConfig(asynchronous=False)) as checkpoints:
-        checkpoints.save(3, half, meta={"step": 3}, config_yaml=to_yaml(run))
+        checkpoints.save(3, half, meta={"step": 3}, config_yaml=to_yaml(compiled("biased")[0].config))
         resumed, again = trained(
-            BIASED, 3, state=lambda program: checkpoints.restore(program.abstract_state)[0], first=3
+            "biased", 3, state=lambda program: checkpoints.restore(program.abstract_state)[0], first=3
         )
     assert again == metrics[3:]
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed.params), jax.device_get(state.params))
 
 
 def test_the_bias_evens_the_load_of_a_skewed_router_and_no_optimizer_moves_it():
-    model = {**tiny.LLAMA, "n_layers": 1, "moe": section(router="sigmoid", balance_bias_rate=0.01)}
-
     def skewed(program):
         state = program.init_state()
         bias = jnp.asarray([[0.2, 0.1, 0.0, 0.0, -0.05, -0.2]])
         state.params["decoder"]["0"]["moe"]["router"]["balance_bias"] = bias
         return state
 
-    _, metrics = trained(model, 24, state=skewed, rate=1e-9)
+    _, metrics = trained("one layer, biased", 24, state=skewed, rate=1e-9)
     ratios = [line["expert_load_ratio/layer_0"] for line in metrics]
     assert ratios[0] > 2.9  # of at most 3: nearly every token chose the first
     assert max(ratios[-4:]) < 1.6
-    still, _ = trained({**model, "moe": section(router="sigmoid", balance_bias_rate=0.0)}, 2, state=skewed, rate=1e-1)
+    still, _ = trained("one layer, still", 2, state=skewed, rate=1e-1)
     bias = still.params["decoder"]["0"]["moe"]["router"]["balance_bias"]
     np.testing.assert_array_equal(bias, np.float32([[0.2, 0.1, 0.0, 0.0, -0.05, -0.2]]))
 
 
 def test_the_balancing_bias_is_float32_whatever_the_weights():
-    run = tiny.config(model=BIASED, precision={"parameters": "bfloat16"})
+    run = tiny.config(model=MODELS["biased"], precision={"parameters": "bfloat16"})
     program = tiny.program(run)
     with jax.set_mesh(program.mesh):
         router = program.abstract_state.params["decoder"]["1"]["moe"]["router"]
