@@ -52,7 +52,7 @@ MEGABYTES = 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", default="64,128,256,512")
-    parser.add_argument("--steps", type=int, default=200, help="of each run")
+    parser.add_argument("--steps", type=int, default=160, help="of each run (default: 160)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/transfer-cpu.json")
     parser.add_argument("--pictures", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
