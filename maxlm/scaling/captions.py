@@ -10,7 +10,7 @@ import numpy as np
 from maxlm.evaluation.report import count, figure
 from maxlm.scaling.published import KAPLAN, PUBLISHED, REFIT
 from maxlm.scaling.result import Estimate
-from maxlm.scaling.study import METHODS, TITLES, Study, exponents
+from maxlm.scaling.study import METHODS, PENDING, TITLES, Study, exponents
 
 TERMS = (
     ("N, parameters", "how many numbers the model learns"),
@@ -84,18 +84,22 @@ def plural(n: int, word: str) -> str:
     return f"{n:,} {word}{'' if n == 1 else 's'}"
 
 
+def counted(words: list[str]) -> str:
+    """2 failed and 1 diverged."""
+    return listed([f"{words.count(word)} {word}" for word in dict.fromkeys(words)])
+
+
 def what_was_run(study: Study) -> str:
     """How many runs, which came to nothing, and what they span."""
-    rows = study.rows
-    used = [row for row in rows if row.used]
-    out: dict[str, int] = {}
-    for row in rows:
-        if not row.used:
-            what = row.status if row.status != "done" else "cannot be used"
-            out[what] = out.get(what, 0) + 1
-    text = f"The table has {plural(len(rows), 'run')}, of which {len(used):,} can be fitted"
-    if out:
-        text += f"; {listed([f'{n} {what}' for what, n in out.items()])}, left out of the fit and shown as crosses"
+    used = [row for row in study.rows if row.used]
+    text = f"The table has {plural(len(study.rows), 'run')}, of which {len(used):,} are fitted"
+    bad = counted(
+        [row.status if row.status != "done" or study.main is None else "not usable" for row in study.left_out]
+    )
+    if bad:
+        text += f"; {bad}, left out and shown as crosses" if used else f"; {bad}"
+    pending = counted([row.status for row in study.rows if row.pending])
+    text += f"; {pending}, with no result yet" if pending else ""
     if not used:
         return text + "."
     sizes, tokens, flops = ([getattr(row, name) for row in used] for name in ("n_params", "n_tokens", "flops"))
@@ -111,13 +115,16 @@ def what_the_law_says(study: Study) -> str:
     if study.main is None:
         return ""
     named = {name: estimate.value for name, estimate in study.main.parameters.items()}
-    a, b = exponents(study.main)
-    share = f"the best model is {ratio(10**a.value)} times larger and sees {ratio(10**b.value)} times the tokens"
+    share = ""
+    if study.has_optimum("chinchilla"):
+        a, b = exponents(study.main)
+        share = f"the best model is {ratio(10**a.value)} times larger and sees {ratio(10**b.value)} times the tokens"
+        share = f" With 10 times the compute, {share}."
     return (
         f"The law fitted is L = {ratio(named['E'])} + {ratio(named['A'])} / N^{exponent(named['alpha'])} + "
         f"{ratio(named['B'])} / D^{exponent(named['beta'])}: no size and no amount of such text would bring the "
         "loss under "
-        f"{ratio(named['E'])}. With 10 times the compute, {share}."
+        f"{ratio(named['E'])}.{share}"
     )
 
 
@@ -175,7 +182,7 @@ def trust(study: Study) -> str:
 
 def loss_curves_caption(study: Study) -> list[str]:
     """For the loss curves."""
-    bad = [f"{curve.run} ({curve.status})" for curve in study.curves if curve.status != "done"]
+    bad = [f"{curve.run} ({curve.status})" for curve in study.curves if curve.failed]
     best = min(
         (curve for curve in study.curves if curve.status == "done" and curve.held_out is not None),
         key=lambda curve: curve.held_out or math.inf, default=None,
@@ -187,6 +194,8 @@ def loss_curves_caption(study: Study) -> list[str]:
             f"({count(best.n_params)} parameters)."
         )
     here += f" Dashed with a cross: {listed(bad)}." if bad else " None failed or diverged."
+    pending = sum(curve.status in PENDING for curve in study.curves)
+    here += f" Dashed without one: {plural(pending, 'run')} not at the end yet." if pending else ""
     return [
         (
             "Each line is a run's training loss while it spends its FLOPs; its colour is the model's size, the dot "
@@ -232,7 +241,7 @@ def frontier_caption(study: Study) -> list[str]:
     """For N*(C) and D*(C)."""
     said = []
     for law in ("chinchilla", "approach2", "approach1"):
-        if law in study.fits:
+        if study.has_optimum(law):
             said.append(f"{TITLES[law]} {short(exponents(study.fits[law])[0], exponent)}")
     here = f"Exponent a of N* ~ C^a: {'; '.join(said)}."
     for law in ("approach2", "approach1"):
@@ -257,10 +266,13 @@ def frontier_caption(study: Study) -> list[str]:
 def contours_caption(study: Study) -> list[str]:
     """For the contours."""
     assert study.main is not None
-    ratios = [point.n_tokens.value / point.n_params.value for point in study.main.optimum]
-    here = "Along the line, tokens for each parameter: " + listed(
-        [f"{ratio(r)} at {flops_text(point.flops)} FLOPs" for r, point in zip(ratios, study.main.optimum, strict=True)]
-    )
+    here = "A term of the law vanished, so no size is the best for a budget."
+    if study.has_optimum("chinchilla"):
+        ratios = [
+            f"{ratio(point.n_tokens.value / point.n_params.value)} at {flops_text(point.flops)} FLOPs"
+            for point in study.main.optimum
+        ]
+        here = f"Along the line, tokens for each parameter: {listed(ratios)}."
     return [
         (
             "The loss that the law gives for every size and number of tokens; lines join equal losses. Circles are "
@@ -271,7 +283,7 @@ def contours_caption(study: Study) -> list[str]:
             "no longer help; where it stands upright, more tokens do not. The thick line is the best size for each "
             "budget, the stars the budgets asked for. Far from all circles the colours are extrapolation."
         ),
-        f"{here}.",
+        here,
     ]  # fmt: skip
 
 

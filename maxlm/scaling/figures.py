@@ -35,7 +35,7 @@ def loss_curves(study: Study, figure: Figure, theme: Theme) -> None:
     low, high = min([*ends, *(curve.loss.min() for curve in study.curves)]) / 1.02, max(late) * 1.06
     x_low, x_high = widened(np.concatenate([curve.flops for curve in study.curves]))
     for curve in study.curves:
-        if curve.status != "done":
+        if curve.failed:
             x, y = curve.flops[-1], float(np.clip(curve.loss[-1], low * 1.01, high / 1.01))
             axes.plot(x, y, "X", color=theme.bad, ms=8, mec=theme.card, zorder=5)
             on_left = x > np.sqrt(x_low * x_high)
@@ -55,7 +55,7 @@ def isoflop(study: Study, figure: Figure, theme: Theme) -> None:
     axes = figure.subplots()
     result, group = study.fits["approach2"], study.budgets
     size, loss, flops = (result.rows.columns[name] for name in ("n_params", "loss", "flops"))
-    shown = [row for row in study.rows if not row.used and row.n_params > 0]
+    shown = [row for row in study.left_out if row.n_params > 0]
     x_low, x_high = widened([*size, *(row.n_params for row in shown)], 1.25)
     y_low, y_high = loss.min() * 0.985, loss.max() * 1.03
     centre = np.array([np.exp(np.mean(np.log(flops[group == at]))) for at in range(group.max() + 1)])
@@ -155,7 +155,7 @@ def contours(study: Study, figure: Figure, theme: Theme) -> None:
     axes = figure.subplots()
     result = study.main
     assert result is not None
-    rows = [row for row in study.rows if row.n_params > 0 and row.n_tokens > 0]
+    rows = [row for row in study.rows if row.n_params > 0 and row.n_tokens > 0 and not row.pending]
     best = [(point.n_params.value, point.n_tokens.value) for point in result.optimum if point.n_params.value > 0]
     x_low, x_high = widened([*(row.n_params for row in rows), *(size for size, _ in best)], 1.5)
     y_low, y_high = widened([*(row.n_tokens for row in rows), *(tokens for _, tokens in best)], 1.5)

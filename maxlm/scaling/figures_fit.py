@@ -22,7 +22,7 @@ def residuals(study: Study, figure: Figure, theme: Theme) -> None:
     three = figure.subplots(1, 3, sharey=True)
     assert study.main is not None
     used = [row for row in study.rows if row.used and row.residual is not None]
-    others = [row for row in study.rows if not row.used and row.predicted is not None]
+    others = [row for row in study.left_out if row.predicted is not None]
     percent = {row.line: 100 * (row.residual or 0.0) for row in used}
     noise = 100 * study.main.residual_scale
     reach = 1.25 * max(*(abs(value) for value in percent.values()), 2.5 * noise, 1e-3)

@@ -140,8 +140,8 @@ def runs(study: Study) -> str:
         for row in study.rows
     ]  # fmt: skip
     header = ["run", "status", "N", "D", "FLOPs", "loss", "the law's", "residual", "remark"]
-    note = "<p>Residual: measured over predicted loss, less 1. Red: not fitted.</p>"
-    return note + table(header, rows, wraps=(8,), marks=["" if row.used else "out" for row in study.rows])
+    note = "<p>Residual: measured over predicted loss, less 1. Red: not fitted. Grey: no result yet.</p>"
+    return note + table(header, rows, wraps=(8,), marks=[_mark(row) for row in study.rows])
 
 
 def _known(value: float) -> float | None:
@@ -149,7 +149,11 @@ def _known(value: float) -> float | None:
 
 
 def _remark(row: Row) -> str:
-    return row.reason if row.used or row.reason else "left out"
+    return row.reason or ("" if row.used else "no result yet" if row.pending else "not fitted")
+
+
+def _mark(row: Row) -> str:
+    return "" if row.used else "pending" if row.pending else "out"
 
 
 def method(study: Study) -> str:

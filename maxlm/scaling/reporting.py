@@ -38,7 +38,7 @@ figcaption p { font-size: 14px; margin: 8px 0; max-width: 78ch; } figcaption p b
 .warnings .severe { border-color: var(--bad); } .severe b { color: var(--bad); }
 .terms { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; font-size: 14px; }
 .terms dt { font-weight: 600; } .terms dd { margin: 0; color: var(--soft); }
-.out > * { color: var(--bad); } .figures tbody .out th { color: var(--bad); }
+.out > *, .figures tbody .out th { color: var(--bad); } .pending > *, .figures tbody .pending th { color: var(--soft); }
 .law { font: 14px/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .ours > * { background: color-mix(in srgb, var(--a) 9%, transparent); }
 .law { overflow-wrap: anywhere; }
@@ -119,7 +119,7 @@ def _pictures() -> Callable[[Study], list[Picture]]:
             ("approach2" in study.fits, Picture(
                 "isoflop", "The best size of each budget", "Loss over size for each budget, with parabolas", (8, 4.6),
                 figures.isoflop, captions.isoflop_caption)),
-            (study.main is not None, Picture(
+            (study.main is not None and any(map(study.has_optimum, figures.MARKS)), Picture(
                 "frontier", "The frontier: best size and tokens by compute", "N* and D* over FLOPs by three methods",
                 (9.4, 4.4), figures.frontier, captions.frontier_caption)),
             (study.main is not None, Picture(
@@ -172,7 +172,7 @@ def page(study: Study, drawn: Mapping[str, str]) -> str:
         _terms(),
         at("loss-curves") or no_curves,
         at("isoflop") or _missing(study, "approach2", "The best size of each budget", "isoflop"),
-        at("frontier", ""),
+        at("frontier") or _card("The frontier", "<p>Left out: no fit has a best size.</p>", "frontier"),
         at("contours", ""),
         at("parameters", "") + (_card("Parameters in numbers", report_tables.parameters(study)) if study.main else ""),
         at("exponents", ""),
@@ -228,7 +228,7 @@ def _summary(study: Study) -> str:
 
 
 def _tiles(study: Study) -> str:
-    if study.main is None or not study.main.optimum:
+    if study.main is None or not study.has_optimum("chinchilla"):
         return ""
     point = max(study.main.optimum, key=lambda each: each.flops)
     at = f"for {captions.flops_text(point.flops)} FLOPs"

@@ -30,6 +30,8 @@ METHODS = {
     "approach1": "the lowest curve at each FLOP count",
     "kaplan-nd": "Kaplan's law L(N, D) fitted to every run",
 }
+PENDING = ("waiting", "running", "planned", "pending", "queued")
+"""What a run is called that may still come to something."""
 CURVE_POINTS = 160
 FIRST_SHARE = 0.01
 """Of a run: its curve is drawn from here on, below it is the fall from a uniform guess."""
@@ -47,6 +49,11 @@ class Curve:
     held_out: float | None
     status: str
 
+    @property
+    def failed(self) -> bool:
+        """Whether it came to nothing: failed, diverged or the like."""
+        return self.status != "done" and self.status not in PENDING
+
 
 @dataclass(frozen=True)
 class Row:
@@ -62,6 +69,11 @@ class Row:
     used: bool
     reason: str
     predicted: float | None
+
+    @property
+    def pending(self) -> bool:
+        """Whether it has no result yet and may still have one."""
+        return self.status in PENDING
 
     @property
     def residual(self) -> float | None:
@@ -135,6 +147,15 @@ class Study:
     def largest(self) -> float:
         """FLOPs of the largest fitted run."""
         return max((row.flops for row in self.rows if row.used), default=float("nan"))
+
+    @property
+    def left_out(self) -> list[Row]:
+        """The runs that have ended and are not fitted."""
+        return [row for row in self.rows if not row.used and not row.pending]
+
+    def has_optimum(self, law: str) -> bool:
+        """Whether a fit has a best size for a budget: a law of which a term vanished has none."""
+        return law in self.fits and all(np.isfinite(point.n_params.value) for point in self.fits[law].optimum)
 
     @property
     def next_flops(self) -> float:

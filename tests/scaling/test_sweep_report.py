@@ -375,3 +375,26 @@ def test_a_law_without_an_optimum_is_drawn_without_a_frontier(written):
     assert "the law has no best size" in the_next_model(study)
     assert len(drawn(study, figures.frontier)) == 2
     assert len(drawn(study, figures.contours)) == 2
+
+
+def test_exponents_are_the_slopes_of_the_frontier_that_is_drawn(written):
+    flops = np.array([1e18, 1e21])
+    for result in written.study.fits.values():
+        for exponent, logs in zip(exponents(result), path(result, flops), strict=True):
+            slopes = (logs[:, 1] - logs[:, 0]) / np.log(flops[1] / flops[0])
+            assert slopes[0] == pytest.approx(exponent.value)
+            assert np.nanquantile(slopes[1:], [0.025, 0.975]) == pytest.approx([exponent.low, exponent.high], abs=1e-9)
+
+
+def test_runs_without_a_result_yet_are_listed_and_not_called_failures(tmp_path):
+    rows = ladder_rows()
+    rows[3] |= {"status": "waiting", "loss": None}
+    rows[12] |= {"status": "running", "loss": None}
+    study = make_study(write_table(tmp_path / "t.csv", rows), FitOptions(resamples=0))
+    found = Page(page(study, dict.fromkeys(SECTIONS, "<p>drawn</p>")))
+    assert "23 runs, of which 19 are fitted; 1 failed and 1 diverged" in found.text
+    assert "1 waiting and 1 running, with no result yet" in found.text
+    assert found.row(rows[3]["run"])[-1] != ""
+    (axes,) = drawn(study, figures.isoflop)
+    crosses = points(axes, "X")
+    assert sorted(crosses[:, 0]) == sorted([rows[7]["n_params"], rows[17]["n_params"]])
