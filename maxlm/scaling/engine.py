@@ -29,7 +29,7 @@ MIN_DAMPING, RESTART_DAMPING, MAX_DAMPING = 1e-12, 1e-3, 1e10
 
 @dataclass(frozen=True)
 class Minima:
-    """Where S problems ended: `theta [S, p]`, and of each objective, relative gradient, whether converged, iterations."""
+    """Where S problems ended: `theta [S, p]`; the objective, relative gradient, whether converged, and iterations."""
 
     theta: np.ndarray
     objective: np.ndarray

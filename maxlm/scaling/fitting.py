@@ -25,6 +25,8 @@ AGREE = 1e-6
 # Half the square of a residual of pure rounding.
 ROUNDING = 5e-17
 OTHER_STARTS = 2
+# Runs with several rows each: draws of fewer say little of what another ladder would have given.
+MIN_RUNS = 8
 HELD_OUT, MAX_HELD_OUT = 0.1, 1 / 3
 SAME_SCALE = 1.25
 
@@ -86,9 +88,13 @@ def fit_law(table: RunTable, law: Law, options: FitOptions) -> FitResult:
     rows, findings = prepare(table, law)
     delta = law.delta if options.delta is None else options.delta
     solution = solve(law, rows.columns, options.loss, delta)
-    inner = np.empty((0, len(law.parameters)))
+    inner, drawn = np.empty((0, len(law.parameters))), clusters(rows)
     if options.resamples:
-        inner = resampled(solution.fitted, clusters(rows), options.resamples, options.seed)
+        inner = resampled(solution.fitted, drawn, options.resamples, options.seed)
+    n_drawn = int(drawn.max()) + 1
+    if n_drawn < len(rows):
+        told = f"the {len(rows)} rows are of {n_drawn} runs, which the bootstrap draws whole"
+        findings.append(Finding("runs", told, severe=n_drawn < MIN_RUNS))
     samples = law.natural(inner, solution.centre)
     natural = solution.natural
     result = FitResult(

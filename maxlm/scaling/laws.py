@@ -173,7 +173,7 @@ LAWS: dict[str, Law] = {
                 Term("d", (("delta", "active_share", -1), ("gamma", "n_params", -1))),
             ),
             exponents=(
-                Exponent("alpha", grid=(0.2, 0.4, 0.7)), Exponent("beta", grid=(0.2, 0.4, 0.7)),
+                Exponent("alpha", grid=(0.25, 0.55)), Exponent("beta", grid=(0.25, 0.55)),
                 Exponent("lambda", -2, 2, (-0.3, 0.2, 0.6)), Exponent("delta", -2, 2, (0.1, 0.4)),
                 Exponent("gamma", grid=(0.1, 0.3)),
             ),
