@@ -164,6 +164,7 @@ def test_a_step_is_saved_once_unless_forced(tmp_path):
     [
         ({"keep_last": 2}, [50, 60]),
         ({"keep_last": 1, "keep_every": 20}, [20, 40, 60]),
+        ({"keep_last": 1, "at": (30, 70)}, [30, 60]),
         ({"keep_last": 1, "keep_best": 2}, [20, 30, 60]),
         ({"keep_last": 1, "keep_best": 9}, [20, 30, 40, 60]),
     ],

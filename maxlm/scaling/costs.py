@@ -29,8 +29,7 @@ class Costs:
         self.topology = None
         if hardware is not None and hardware.topology is not None:
             self.topology = parse_topology(hardware.topology, hardware.slices)
-        self.problems: list[str] = []
-        """runs that cannot be on the hardware, and why"""
+        self._misfits: dict[str, str] = {}
 
     def priced(self, run: PlannedRun) -> PlannedRun:
         """The run with its memory, and with seconds and cost where the hardware gives them."""
@@ -40,8 +39,7 @@ class Costs:
             sizes = resolve_sizes(config.mesh, n_devices)
             support.check_mesh(config, sizes)
         except MaxlmError as error:
-            if self.topology is not None:
-                self.problems.append(f"{run.name} on {self.topology.name}: {error}")
+            self._misfits[run.name] = str(error)
             return run
         run = replace(run, memory_bytes=predicted_memory(config, sizes)["total"])
         if hardware is None:
@@ -58,6 +56,14 @@ class Costs:
         seconds += hardware.startup_seconds
         price = hardware.price_per_chip_hour
         return replace(run, seconds=seconds, cost=price and price * chips * seconds / 3600)
+
+    def problems(self) -> list[str]:
+        """Which runs cannot be on the hardware, and why the first of them cannot."""
+        if self.topology is None or not self._misfits:
+            return []
+        first, *others = self._misfits
+        more = f" and {len(others)} more runs" if others else ""
+        return [f"{first}{more} cannot be on {self.topology.name}, of {first}: {self._misfits[first]}"]
 
     def over_cap(self, run: PlannedRun) -> str | None:
         """Which cap leaves the run out, in words."""

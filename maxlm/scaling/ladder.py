@@ -161,6 +161,13 @@ class _Grid:
                     self._duplicate(f"budget {budget:.4g}: {target:.3g} tokens a parameter", best.shape)
                     continue
                 taken.add(name)
+                found = best.tokens(budget) / best.size
+                if n > 1 and abs(math.log(found / target)) > math.log(spec.span) / (n - 1) / 2:
+                    self.warnings.append(
+                        f"budget {budget:.4g}: the shape nearest to {target:.3g} tokens a parameter is "
+                        f"{shape_name(best.shape)} with {found:.3g}: the steps between shapes are wider than those "
+                        "between the sizes asked for (shape.d_model_multiple, shape.head_dim)"
+                    )
                 yield self._runs(best, [best.tokens(budget)], [name], budget)
 
     def _of_sizes(self) -> Iterator[list[PlannedRun]]:
@@ -285,7 +292,7 @@ def make_ladder(sweep: Sweep) -> Ladder:
             if reason := reasons[run.name]:
                 grid.left_out.append(f"{run.name}: {reason}")
         runs += _without_lost_trunks([run for run in kept if not reasons[run.name]])
-    warnings = [*grid.warnings, *check_grid(sweep.spec, runs), *check_repeats(sweep, runs), *costs.problems]
+    warnings = [*grid.warnings, *check_grid(sweep.spec, runs), *check_repeats(sweep, runs), *costs.problems()]
     return Ladder(sweep, tuple(runs), tuple(grid.left_out), tuple(warnings))
 
 

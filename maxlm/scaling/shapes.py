@@ -13,6 +13,7 @@ from maxlm.models.flops import ParameterCount, count_parameters
 from maxlm.section import Section, key
 
 WIDEST = 1 << 17
+LARGEST_DEFAULT_MULTIPLE = 64
 
 
 class ShapeConfig(Section):
@@ -31,8 +32,12 @@ class ShapeConfig(Section):
     )
     d_ff_ratio: float | None = key(None, "d_ff / d_model", gt=0)
     d_ff_multiple: int | None = key(
-        None, "d_ff is rounded to a multiple of this; d_model's where not given", unit="channels", ge=1
+        None,
+        "d_ff, and the width of experts, is a multiple of this; of d_model's, but no more than 64, where not given",
+        unit="channels",
+        ge=1,
     )
+    rank_multiple: int = key(8, "ranks of latent attention are rounded to a multiple of this", unit="channels", ge=1)
     min_layers: int = key(1, "the fewest layers", unit="layers", ge=1)
 
 
@@ -103,7 +108,7 @@ class Family:
 
     def shape(self, d_model: int, n_layers: int) -> Shape:
         """The shape of this width and depth."""
-        base, multiple = self.base, self.rule.d_ff_multiple or self.d_model_multiple
+        base, multiple = self.base, self.rule.d_ff_multiple or min(self.d_model_multiple, LARGEST_DEFAULT_MULTIPLE)
         growth = d_model / base.d_model
         changes: dict[str, Any] = {"d_model": d_model, "n_layers": n_layers, **self._heads(d_model)}
         d_ff = (self.rule.d_ff_ratio or base.d_ff / base.d_model) * d_model
@@ -116,7 +121,9 @@ class Family:
             changes["moe"] = {"d_ff": nearest_multiple(width, multiple)}
         if base.latent is not None:
             ranks = {"kv_rank": base.latent.kv_rank, "q_rank": base.latent.q_rank}
-            changes["latent"] = {name: nearest_multiple(rank * growth, 8) for name, rank in ranks.items() if rank}
+            changes["latent"] = {
+                name: nearest_multiple(rank * growth, self.rule.rank_multiple) for name, rank in ranks.items() if rank
+            }
         model = _model(base, changes)
         return Shape(model, changes, count_parameters(model))
 

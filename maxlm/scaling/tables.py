@@ -76,14 +76,13 @@ def plan_row(run: PlannedRun) -> dict[str, Any]:
         "params": short_number(run.count.total),
         "non-emb.": short_number(run.count.non_embedding),
         "tokens": short_number(run.tokens),
-        "per param": short_number(run.tokens_per_parameter),
+        "D/N": short_number(run.tokens_per_parameter),
         "steps": run.steps,
         "batch": config.train.global_batch_tokens,
         "lr": f"{config.optimizer.learning_rate:.3g}",
-        "warmup": config.schedule.warmup_steps,
         "FLOPs": f"{run.flops:.4g}",
         "off": f"{100 * (run.flops / run.budget - 1):+.2f}%" if run.budget else "",
-        "memory": f"{run.memory_bytes / GIB:.2f} GiB" if run.memory_bytes is not None else "",
+        "GiB": f"{run.memory_bytes / GIB:.2f}" if run.memory_bytes is not None else "",
     }
     if run.seconds is not None:
         row["time"] = short_time(run.seconds)

@@ -132,6 +132,7 @@ def test_caps_leave_runs_out_and_say_so_and_the_longest_branch_left_is_the_trunk
         ({"tokens_per_parameter": [200.0], "span": 1600, "sizes_per_budget": 4}, "all fewer than the 200 in"),
         ({"tokens_per_parameter": [22.0], "span": 60, "sizes_per_budget": 4}, "off the centre, 22, by"),
         ({"sizes_per_budget": 6, "span": 2}, "the nearest shape is d24-l2 again, and it is taken once"),
+        ({"sizes_per_budget": 6, "span": 40}, "the shape nearest to 6.32 tokens a parameter is d16-l1 with 4.13"),
         ({"unique_tokens": 10_000}, "more tokens than the 10,000 to train on, up to"),
         ({"batch": {"rule": "power", "value": 1024}}, "fewer than 50 steps"),
     ],
@@ -173,7 +174,10 @@ def test_a_mesh_that_does_not_suit_the_hardware_is_a_warning_that_names_the_run(
     ladder = specs.ladder(
         tmp_path / "s.yaml", overrides={"mesh": {"tensor": 16, "fsdp": 1}}, hardware={"topology": "v5e:4x4"}
     )
-    assert any("d16-l1 on v5e:4x4" in warning and "mesh.tensor" in warning for warning in ladder.warnings)
+    assert any(
+        "c2e9-d16-l1 and 5 more runs cannot be on v5e:4x4" in warning and "mesh.tensor" in warning
+        for warning in ladder.warnings
+    )
 
 
 def test_plan_prints_the_grid_and_as_json_its_exact_figures(tmp_path, capsys):
