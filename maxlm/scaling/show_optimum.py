@@ -87,8 +87,8 @@ def print_model(model: NextModel) -> None:
     if model.topology is not None and model.memory_bytes is not None:
         where = model.topology.name + (f" --slices {n}" if (n := model.topology.slices) > 1 else "")
         print(
-            f"  memory, good to about 15%: {model.memory_bytes / GIB:.1f} GiB a device; to ask the compiler, and with"
+            f"  memory, good to about 15%: {model.memory_bytes / GIB:.1f} GiB a device; for the compiler's word on it, and"
         )
-        print(f"  --search for the fastest mesh: maxlm plan FILE --topology {where}")
+        print(f"  with --search for the fastest mesh: maxlm plan FILE --topology {where}")
     for what, rule in model.by_rule.items():
         print(f"  {what} by rule: {rule}")

@@ -8,7 +8,7 @@ import pytest
 
 from maxlm.cli import main
 from maxlm.config import load_config
-from maxlm.errors import ConfigError
+from maxlm.errors import ClusterError, ConfigError
 from maxlm.models.flops import count_parameters, training_flops_per_token
 from maxlm.plan import make_plan
 from maxlm.planning.topology import parse_topology
@@ -139,9 +139,21 @@ def test_a_model_that_fits_is_not_bound_and_its_batch_suits_the_devices(fitted, 
     assert make_plan(load_config(out), topology, compiled=False, relief=False)["fits"]
 
 
+def test_a_batch_too_small_for_the_devices_has_a_row_for_each_and_says_so():
+    topology = parse_topology("v5e:16x16")
+    fitted = fit(KNOWN["chinchilla"].table(0), "chinchilla", FitOptions(resamples=0, backtest=False))
+    found = next_model(fitted, Question(1e19), "llama-1b", Hardware(topology))
+    assert found.binding == ()
+    assert found.model is not None
+    train = found.model.config.train
+    assert train.global_batch_tokens == 256 * train.seq_len
+    assert "times that, for rows that the devices can share out" in found.model.by_rule["batch"]
+    assert make_plan(found.model.config, topology, compiled=False, relief=False)["fits"]
+
+
 def test_a_mesh_that_does_not_suit_the_devices_gives_way_to_one_that_does():
     config, topology = load_config("llama-150m", ["mesh.tensor=8"]), parse_topology("v5e:2x2")
-    with pytest.raises(ConfigError):
+    with pytest.raises(ClusterError):
         make_plan(config, topology, compiled=False, relief=False)
     found = placed(config, topology)
     assert found is not None
