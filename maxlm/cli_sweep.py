@@ -271,18 +271,22 @@ def optimum(args: argparse.Namespace) -> None:
     from maxlm.scaling.result import FitOptions
     from maxlm.scaling.show_optimum import print_answer
 
-    if args.out and args.config is None:
-        raise ConfigError(
-            "--out needs --config BASE: a config, or a sweep's specification, that has the model's family"
-        )
-    hardware, flops, reasons = _budget(args)
+    table, base = args.table, args.config
+    if table.suffix in (".yaml", ".yml"):
+        from maxlm.scaling.spec import load_sweep
+
+        base = base or (str(table) if args.out or args.topology else None)
+        table = load_sweep(table).folder
+    if args.out and base is None:
+        raise ConfigError("--out needs --config BASE, whose family the model is of: a config or a specification")
+    hardware, flops, reasons = _budget(args, base)
     question = Question(
         flops=flops, served_tokens=args.served_tokens or 0.0, same_loss=args.same_loss, max_tokens=args.max_tokens,
         unique_tokens=args.unique_tokens, max_params=args.max_params, reasons=reasons,
     )  # fmt: skip
     options = FitOptions(resamples=args.resamples, seed=args.seed)
     columns = dict(args.column)
-    found = run(args.table, question, args.law, options, columns=columns, base=args.config, hardware=hardware)
+    found = run(table, question, args.law, options, columns=columns, base=base, hardware=hardware)
     if args.json:
         print_json(found.to_dict())
     else:
@@ -301,7 +305,7 @@ def optimum(args: argparse.Namespace) -> None:
         print(f"\nwrote {args.out}; train it with: maxlm train {args.out}")
 
 
-def _budget(args: argparse.Namespace) -> tuple[Any, float, dict[str, str]]:
+def _budget(args: argparse.Namespace, base: str | None) -> tuple[Any, float, dict[str, str]]:
     """The hardware if there is any, the FLOPs, and where they come from."""
     if args.topology is None:
         if args.days is not None or args.mfu is not None or args.slices > 1:
@@ -316,7 +320,7 @@ def _budget(args: argparse.Namespace) -> tuple[Any, float, dict[str, str]]:
     available = hardware.flops()
     if available is None and args.mfu is not None:
         raise ConfigError(f"--mfu {args.mfu:g} says how many FLOPs --days have; give --days too")
-    if available is None and args.config is None:
+    if available is None and base is None:
         raise ConfigError("--topology alone says nothing: give --days for its FLOPs, or --config BASE for its memory")
     if available is None and args.flops is None:
         raise ConfigError("no budget: give --flops, or --days of the topology")
@@ -327,7 +331,7 @@ def _budget(args: argparse.Namespace) -> tuple[Any, float, dict[str, str]]:
 
 def _add_optimum(commands: Any) -> None:
     command = add_command(commands, "optimum", optimum)
-    command.add_argument("table", type=Path, metavar="TABLE", help="CSV, Parquet, or a sweep's folder")
+    command.add_argument("table", type=Path, metavar="TABLE", help="CSV, Parquet, a sweep's folder or specification")
     command.add_argument("--flops", type=above_zero, metavar="C", help="the budget, in FLOPs")
     command.add_argument(
         "--law", choices=list(OPTIMUM_LAW_NAMES), default="chinchilla", metavar="NAME",

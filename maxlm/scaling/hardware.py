@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,17 @@ class Hardware:
         slices = f"{n} slices of " if (n := self.topology.slices) > 1 else ""
         name = f"{slices}{self.topology.name}"
         return name if self.days is None else f"{self.days:g} days of {name} at {self.mfu:.0%} MFU in bfloat16"
+
+
+def suits(config: RunConfig, topology: Topology) -> bool:
+    """Whether the code allows any mesh of the devices for this model and batch, whatever it needs of memory."""
+    rows = divisors(config.train.global_batch_tokens // config.train.seq_len)
+    for varied in (config, *(vary(config, mesh=mesh) for mesh in meshes(config, topology.n_devices))):
+        for accumulation in rows:
+            with contextlib.suppress(MaxlmError):
+                price(vary(varied, accumulation=accumulation), topology)
+                return True
+    return False
 
 
 def placed(config: RunConfig, topology: Topology) -> RunConfig | None:

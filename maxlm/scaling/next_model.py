@@ -26,7 +26,8 @@ from maxlm.models.flops import ParameterCount, training_flops_per_token
 from maxlm.parallel.mesh import resolve_sizes
 from maxlm.planning.candidates import divisors
 from maxlm.planning.memory_model import predicted_memory
-from maxlm.scaling.hardware import Hardware, placed
+from maxlm.planning.topology import Topology
+from maxlm.scaling.hardware import Hardware, placed, suits
 from maxlm.scaling.ladder import BATCH_RANGE, PlannedRun, one_run
 from maxlm.scaling.optimum import APPROACHES, Answer, Question, answer, surface_of, token_cap
 from maxlm.scaling.result import Estimate, FitResult
@@ -54,7 +55,7 @@ class NextModel:
     serving_flops: float
     loss: Estimate | None
     memory_bytes: int | None
-    hardware: str | None
+    topology: Topology | None
     by_rule: dict[str, str]
 
     @property
@@ -103,7 +104,8 @@ class NextModel:
             "serving_flops": self.serving_flops,
             "loss": None if self.loss is None else asdict(self.loss),
             "memory_bytes": self.memory_bytes,
-            "hardware": self.hardware,
+            "topology": None if self.topology is None else self.topology.name,
+            "slices": None if self.topology is None else self.topology.slices,
             "rules": self.by_rule,
             "keys": self.keys,
         }
@@ -129,7 +131,9 @@ def next_model(fit: FitResult, question: Question, base: str | Path, hardware: H
                 f"no model of {base} fits {hardware.topology.name}, not even one of "
                 f"{maker.choices[0].shape.count.total:,} parameters; give larger hardware, or a rule for smaller shapes"
             )
-        reason = f"what {hardware.topology.name} has memory for, by the planner's model of it"
+        reason = (
+            f"what {hardware.topology.name} has memory for by the planner's model, with a batch that it can share out"
+        )
         reasons = {**question.reasons, "max_params": reason}
         found = answer(fit, replace(question, max_params=fits.size, reasons=reasons))
         maker = _Maker(found, rules)
@@ -236,7 +240,7 @@ class _Maker:
         out evenly, as far as that is within the range that any batch may be in, and to a number that halves often.
         """
         rules = rules or self.rules
-        run = one_run(rules, choice.shape, choice.tokens, "next")
+        run = self._within(choice, rules)
         if "multiple" in rules.spec.batch.model_fields_set:
             return run
         rows = run.config.train.global_batch_tokens // run.config.train.seq_len // run.config.train.accumulation
@@ -249,16 +253,43 @@ class _Maker:
             shared *= 2
         batch = rules.spec.batch.model_copy(update={"multiple": shared})
         try:
-            rules = replace(rules, spec=rules.spec.model_copy(update={"batch": batch}))
-            return one_run(rules, choice.shape, choice.tokens, "next")
+            return self._within(choice, replace(rules, spec=rules.spec.model_copy(update={"batch": batch})))
         except ConfigError:  # too few steps for a batch of so many rows
             return run
 
+    def _within(self, choice: _Choice, rules: Sweep) -> PlannedRun:
+        """The run, whose whole steps take no more tokens than there are."""
+        run = one_run(rules, choice.shape, choice.tokens, "next")
+        if run.tokens > token_cap(self.fit.law, self.question) and run.steps > 1:
+            fewer = (run.steps - 1) * run.config.train.global_batch_tokens
+            run = one_run(rules, choice.shape, fewer, "next")
+        return run
+
     def on(self, choice: _Choice, hardware: Hardware) -> RunConfig | None:
-        """The run of a choice as it fits the hardware; None where it does not."""
+        """The run of a choice as it fits the hardware; None where it does not.
+
+        Where the devices cannot share out the batch of the rule in any way, it has a row for each, whatever the rule.
+        """
+        topology = hardware.topology
         tree = self.rules.tree.merged_with(Tree({"train": {"accumulation": 1}}, {}))
         rules = replace(self.rules, tree=tree, base=validate(RunConfig, tree, str(self.rules.path)))
-        return placed(self.run(choice, rules, hardware.topology.n_devices).config, hardware.topology)
+        config = self.run(choice, rules, topology.n_devices).config
+        if not suits(config, topology):
+            batch = rules.spec.batch.model_copy(update={"multiple": topology.n_devices})
+            rules = replace(rules, spec=rules.spec.model_copy(update={"batch": batch}))
+            try:
+                config = self._within(choice, rules).config
+            except ConfigError:  # too few steps
+                return None
+        return placed(config, topology)
+
+    def _other_batch(self, choice: _Choice, config: RunConfig) -> str:
+        """What is to be said of a batch that is not the rule's."""
+        batch = self._within(choice, self.rules).config.train.global_batch_tokens
+        ratio = config.train.global_batch_tokens / batch
+        if BATCH_RANGE[0] <= ratio <= BATCH_RANGE[1]:
+            return ""
+        return f", and {ratio:.3g} times that, for rows that the devices can share out"
 
     def model(self, choice: _Choice, config: RunConfig, hardware: Hardware | None = None) -> NextModel:
         """The model as it is written, with what the law says of it."""
@@ -282,10 +313,10 @@ class _Maker:
             serving_flops=self.question.served_tokens * choice.flops_per_token / 3,
             loss=loss,
             memory_bytes=memory,
-            hardware=None if hardware is None else hardware.topology.name,
+            topology=None if hardware is None else hardware.topology,
             by_rule={
                 "learning rate": _rule(spec.learning_rate.rule, LEARNING_RATES),
-                "batch": _rule(spec.batch.rule, BATCHES),
+                "batch": _rule(spec.batch.rule, BATCHES) + self._other_batch(choice, config),
                 "warm-up": f"{spec.warmup.rule} {spec.warmup.value:g}",
             },
         )

@@ -35,9 +35,9 @@ class Question:
     """A FLOP budget, and what bounds the answer.
 
     With `served_tokens` T the budget is of training and serving together, 6ND + 2NT (Sardana et al., arXiv:2401.00448,
-    section 2); with `same_loss` besides, `flops` are of training and set the loss, that of their compute-optimal model, and
-    the fewest FLOPs in all are sought that reach it (their problem). `unique_tokens` are what there is of data: by the
-    law data-constrained they may be repeated, else they are a bound, as `max_tokens` is by every law.
+    section 2). With `same_loss` besides, `flops` are of training and set the loss, that of their compute-optimal model,
+    and the fewest FLOPs in all are sought that reach it (their problem). `unique_tokens` are what there is of data: by
+    the law data-constrained they may be repeated, else they are a bound, as `max_tokens` is by every law.
     """
 
     flops: float
@@ -170,6 +170,10 @@ def check(question: Question, law: str) -> None:
     """Raises ConfigError where the law cannot answer, naming what can."""
     if law not in OPTIMUM_LAWS:
         raise ConfigError(f"law {law} does not split a budget into size and tokens; {', '.join(OPTIMUM_LAWS)} do")
+    for name in ("flops", *FIELDS):
+        value = getattr(question, name)
+        if value is not None and not (0 < value < np.inf or (name == "served_tokens" and value == 0)):
+            raise ConfigError(f"{name} = {value:g}: must be a finite number above 0")
     if law in APPROACHES and question.served_tokens:
         raise ConfigError(f"{law} tells no losses, which served tokens are weighed by; take --law chinchilla")
     if question.same_loss and not question.served_tokens:

@@ -84,10 +84,11 @@ def print_model(model: NextModel) -> None:
     print("  its tokens are what these leave of the budget, not what 6ND does")
     if model.serving_flops:
         print(f"  serving takes {model.serving_flops:.4g} FLOPs more, at a forward pass of a full row")
-    if model.memory_bytes is not None:
+    if model.topology is not None and model.memory_bytes is not None:
+        where = model.topology.name + (f" --slices {n}" if (n := model.topology.slices) > 1 else "")
         print(
-            f"  {model.memory_bytes / GIB:.1f} GiB a device of {model.hardware}, good to about 15%; to ask the compiler:\n"
-            f"  maxlm plan FILE --topology {model.hardware} (with --search: the fastest mesh)"
+            f"  memory, good to about 15%: {model.memory_bytes / GIB:.1f} GiB a device; for the compiler's word on it, and"
         )
+        print(f"  with --search for the fastest mesh: maxlm plan FILE --topology {where}")
     for what, rule in model.by_rule.items():
         print(f"  {what} by rule: {rule}")

@@ -172,6 +172,21 @@ def test_the_fewest_flops_for_a_loss_are_what_scipy_finds(fits, law):
     assert best.n_tokens.value > plain.n_tokens.value
 
 
+def test_a_loss_with_few_tokens_takes_a_larger_model_just_as_large_as_it_must_be(fits):
+    fitted = of(fits["chinchilla"], KNOWN["chinchilla"].truth)
+    plain = answer(fitted, Question(1e22)).best
+    served, cap = 5 * plain.n_tokens.value, 0.6 * plain.n_tokens.value
+    found = answer(fitted, Question(1e22, served_tokens=served, same_loss=True, max_tokens=cap))
+    e, a, b, alpha, beta = KNOWN["chinchilla"].truth.values()
+    assert plain.loss is not None
+    size = (a / (plain.loss.value - e - b / cap**beta)) ** (1 / alpha)
+    assert found.best.n_tokens.value == pytest.approx(cap, rel=1e-6)
+    assert found.best.n_params.value == pytest.approx(size, rel=1e-5)
+    tokens = next(each for each in found.binding if each.name == "max_tokens")
+    assert tokens.flops_cost is not None
+    assert tokens.flops_cost.value > 0
+
+
 def test_intervals_are_percentiles_of_the_closed_form_over_the_bootstrap(fits):
     samples = spread("chinchilla", 400, 5)
     _, a, b, alpha, beta = samples.T
@@ -255,6 +270,8 @@ def test_extrapolation_is_said_by_its_factor(fits):
     ("law", "question", "told"),
     [
         ("kaplan-n", Question(1e20), "does not split a budget"),
+        ("chinchilla", Question(-1e20), "flops = -1e[+]20: must be"),
+        ("chinchilla", Question(1e20, max_tokens=0), "max_tokens = 0: must be"),
         ("approach2", Question(1e20, served_tokens=1e9), "tells no losses"),
         ("chinchilla", Question(1e20, same_loss=True), "give --served-tokens"),
         ("data-constrained", Question(1e20, served_tokens=1e9, same_loss=True), "does not answer --same-loss"),
