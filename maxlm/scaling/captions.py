@@ -29,8 +29,8 @@ TERMS = (
         "data loses"
     )),
     ("95% interval", (
-        "where the number would fall in 95 of 100 repetitions, told by fitting many times to resampled runs "
-        "(the bootstrap)"
+        "a range made so that it would hold the true number in 95 of 100 repetitions of the sweep, told by fitting "
+        "many times to resampled runs (the bootstrap)"
     )),
     ("σ", "the typical distance of a run from the law, told so that a few odd runs do not move it"),
 )  # fmt: skip
