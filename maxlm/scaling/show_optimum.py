@@ -86,9 +86,7 @@ def print_model(model: NextModel) -> None:
         print(f"  serving takes {model.serving_flops:.4g} FLOPs more, at a forward pass of a full row")
     if model.topology is not None and model.memory_bytes is not None:
         where = model.topology.name + (f" --slices {n}" if (n := model.topology.slices) > 1 else "")
-        print(
-            f"  memory, good to about 15%: {model.memory_bytes / GIB:.1f} GiB a device; for the compiler's word on it, and"
-        )
-        print(f"  with --search for the fastest mesh: maxlm plan FILE --topology {where}")
+        print(f"  memory, good to about 15%: {model.memory_bytes / GIB:.1f} GiB a device; the compiler's, and with")
+        print(f"  --search the fastest mesh: maxlm plan FILE --topology {where}")
     for what, rule in model.by_rule.items():
         print(f"  {what} by rule: {rule}")
