@@ -39,7 +39,8 @@ SIZE_ERROR = 0.25
 class Frontier:
     """The best size and tokens of each budget, logarithms `[g]`; `samples [B, 4]` are a, b, k_N and k_D of resamples.
 
-    `scale` is the standard deviation of log losses about what they are read off, 0 where nothing tells it.
+    `scale` is the standard deviation of log losses about what they are read off, 0 where nothing tells it; `resample`
+    is what the bootstrap draws.
     """
 
     log_flops: np.ndarray
@@ -48,6 +49,7 @@ class Frontier:
     samples: np.ndarray
     scale: float
     findings: list[Finding]
+    resample: str = "residuals"
 
 
 def fit_frontier(table: RunTable, name: str, options: FitOptions) -> FitResult:
@@ -70,13 +72,13 @@ def fit_frontier(table: RunTable, name: str, options: FitOptions) -> FitResult:
         parameters={key: Estimate.of(best[0, at], samples[:, at]) for at, key in enumerate(NAMES)},
         objective=objective, converged=True, starts=1, starts_agreeing=1, start_objectives=(objective,),
         gradient_norm=0.0, loss="squared", delta=None, rows=rows, rows_in_table=len(table), residual_scale=found.scale,
-        samples=samples, resample="none" if not options.resamples else "residuals" if found.scale else "sizes",
+        samples=samples, resample=found.resample if options.resamples else "none",
         optimum=tuple(_optimum(flops, best, samples) for flops in asked),
         backtest=backtest(found) if options.backtest else None,
         details={"minima": [
             {"flops": float(np.exp(c)), "n_params": float(np.exp(n)), "n_tokens": float(np.exp(d))}
             for c, n, d in zip(found.log_flops, found.log_size, found.log_tokens, strict=True)
-        ] if name == "approach2" else []},
+        ] if len(found.log_flops) < FLOP_COUNTS // 10 else []},
     )  # fmt: skip
     findings += [*found.findings, *few_budgets(found)]
     if options.resamples:
@@ -256,9 +258,8 @@ def envelope(rows: RunTable, resamples: int, seed: int) -> Frontier:
     log_n = np.log(rows.columns["n_params"])
     picks = [np.flatnonzero(size_of == at) for at in range(size_of.max() + 1)]
     curves = [_Curve.through(float(log_n[pick[0]]), log_c[pick], log_d[pick], y[pick], grid) for pick in picks]
-    if not any(curve.inside.sum() > 1 for curve in curves):
-        told = "no size has runs at several FLOP counts: an envelope needs training curves, or sizes that recur"
-        raise DataError(f"{rows.source}: approach1: {told}; approach2 fits one run for each size and budget")
+    if all(np.ptp(log_c[pick]) < np.log(BUDGET_SPREAD) for pick in picks):
+        return best_by_budget(rows, resamples, seed)
     log_size, log_tokens = _lowest(curves, np.stack([curve.smooth @ curve.y for curve in curves])[None])
     inside = np.isfinite(log_size[0])
     findings = []
@@ -271,7 +272,40 @@ def envelope(rows: RunTable, resamples: int, seed: int) -> Frontier:
     samples = np.empty((0, len(NAMES)))
     if inside.any() and resamples:
         samples = _resampled_envelope(curves, grid, residuals, scale, resamples, seed)
-    return Frontier(grid[inside], log_size[0, inside], log_tokens[0, inside], samples, scale, findings)
+    how = "residuals" if scale else "sizes"
+    return Frontier(grid[inside], log_size[0, inside], log_tokens[0, inside], samples, scale, findings, how)
+
+
+def best_by_budget(rows: RunTable, resamples: int, seed: int) -> Frontier:
+    """The envelope of a table where no size recurs: the best run at each budget.
+
+    Intervals are of residuals about the power laws, drawn among budgets: no more is known of the noise.
+    """
+    group, found, edge = budgets(rows, BUDGET_SPREAD), [], []
+    log_c, log_n, log_d = (np.log(rows.columns[name]) for name in ("flops", "n_params", "n_tokens"))
+    for at in range(group.max() + 1):
+        pick = np.flatnonzero(group == at)
+        best = pick[np.argmin(rows.columns["loss"][pick])]
+        if log_n[pick].min() < log_n[best] < log_n[pick].max():
+            found.append((log_c[best], log_n[best], log_d[best]))
+        else:
+            edge.append(f"{np.exp(log_c[best]):.3g}")
+    told = "no size has runs at several FLOP counts: the envelope is of the best run at each budget"
+    findings = [Finding("envelope", f"{told}, as coarse as the sizes are; approach2 reads between them")]
+    if edge:
+        told = "left out, the best run is the smallest or the largest"
+        findings.append(Finding("off-centre", f"{told}: {_of(edge)}", severe=True))
+    log_flops, log_size, log_tokens = np.array(found).reshape(-1, 3).T
+    if len(found) < 3 or not resamples:
+        return Frontier(log_flops, log_size, log_tokens, np.empty((0, len(NAMES))), 0.0, findings)
+    a, b, k_n, k_d = power_laws(log_flops, log_size[None], log_tokens[None])[0]
+    sizes, tokens = np.log(k_n) + a * log_flops, np.log(k_d) + b * log_flops
+    drawn = np.random.default_rng(seed).integers(len(found), size=(resamples, len(found)))
+    wider = np.sqrt(len(found) / (len(found) - 2))
+    samples = power_laws(
+        log_flops, sizes + wider * (log_size - sizes)[drawn], tokens + wider * (log_tokens - tokens)[drawn]
+    )
+    return Frontier(log_flops, log_size, log_tokens, samples, 0.0, findings)
 
 
 def _resampled_envelope(

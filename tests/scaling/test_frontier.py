@@ -141,12 +141,23 @@ def test_budgets_without_a_minimum_are_left_out_in_words():
     assert len(result.details["minima"]) == 7
 
 
-def test_a_frontier_of_one_budget_or_of_single_points_is_refused():
-    law = KNOWN["chinchilla"].truth
+@pytest.mark.parametrize("name", ["approach1", "approach2"])
+def test_a_frontier_of_one_budget_is_refused(name):
     with pytest.raises(DataError, match="at 1 budgets and needs 2"):
-        fit(isoflops(law, budgets=1), "approach2")
-    with pytest.raises(DataError, match="needs training curves"):
-        fit(isoflops(law), "approach1")
+        fit(isoflops(KNOWN["chinchilla"].truth, budgets=1), name)
+
+
+def test_an_envelope_without_curves_is_of_the_best_run_at_each_budget():
+    law = KNOWN["chinchilla"].truth
+    table = isoflops(law, noise=0.001, sizes=9)
+    result = fit(table, "approach1", FitOptions(resamples=200))
+    assert any("the envelope is of the best run at each budget" in text for text in result.warnings)
+    for point in result.details["minima"]:
+        inside = np.isclose(table.columns["flops"], point["flops"])
+        best = np.argmin(np.where(inside, table.columns["loss"], np.inf))
+        assert point["n_params"] == pytest.approx(table.columns["n_params"][best])
+    a = law["beta"] / (law["alpha"] + law["beta"])
+    assert result.parameters["a"].low <= a <= result.parameters["a"].high
 
 
 def swept(target, optimum, tried):
