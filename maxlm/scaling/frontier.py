@@ -279,15 +279,18 @@ def envelope(rows: RunTable, resamples: int, seed: int) -> Frontier:
 def best_by_budget(rows: RunTable, resamples: int, seed: int) -> Frontier:
     """The envelope of a table where no size recurs: the best run at each budget.
 
-    Intervals are of residuals about the power laws, drawn among budgets: no more is known of the noise.
+    Intervals are of best sizes drawn evenly between the middles to the sizes beside it: no more is known of where the
+    minimum is.
     """
     group, found, edge = budgets(rows, BUDGET_SPREAD), [], []
     log_c, log_n, log_d = (np.log(rows.columns[name]) for name in ("flops", "n_params", "n_tokens"))
     for at in range(group.max() + 1):
         pick = np.flatnonzero(group == at)
         best = pick[np.argmin(rows.columns["loss"][pick])]
-        if log_n[pick].min() < log_n[best] < log_n[pick].max():
-            found.append((log_c[best], log_n[best], log_d[best]))
+        smaller, larger = log_n[pick][log_n[pick] < log_n[best]], log_n[pick][log_n[pick] > log_n[best]]
+        if len(smaller) and len(larger):
+            down, up = (smaller.max() - log_n[best]) / 2, (larger.min() - log_n[best]) / 2
+            found.append((log_c[best], log_n[best], log_d[best], down, up))
         else:
             edge.append(f"{np.exp(log_c[best]):.3g}")
     told = "no size has runs at several FLOP counts: the envelope is of the best run at each budget"
@@ -295,17 +298,10 @@ def best_by_budget(rows: RunTable, resamples: int, seed: int) -> Frontier:
     if edge:
         told = "left out, the best run is the smallest or the largest"
         findings.append(Finding("off-centre", f"{told}: {_of(edge)}", severe=True))
-    log_flops, log_size, log_tokens = np.array(found).reshape(-1, 3).T
-    if len(found) < 3 or not resamples:
-        return Frontier(log_flops, log_size, log_tokens, np.empty((0, len(NAMES))), 0.0, findings)
-    a, b, k_n, k_d = power_laws(log_flops, log_size[None], log_tokens[None])[0]
-    sizes, tokens = np.log(k_n) + a * log_flops, np.log(k_d) + b * log_flops
-    drawn = np.random.default_rng(seed).integers(len(found), size=(resamples, len(found)))
-    wider = np.sqrt(len(found) / (len(found) - 2))
-    samples = power_laws(
-        log_flops, sizes + wider * (log_size - sizes)[drawn], tokens + wider * (log_tokens - tokens)[drawn]
-    )
-    return Frontier(log_flops, log_size, log_tokens, samples, 0.0, findings)
+    log_flops, log_size, log_tokens, down, up = np.array(found).reshape(-1, 5).T
+    away = np.random.default_rng(seed).uniform(down, up, (resamples, len(found)))
+    samples = power_laws(log_flops, log_size + away, log_tokens - away) if len(found) > 1 else np.empty((0, len(NAMES)))
+    return Frontier(log_flops, log_size, log_tokens, samples, 0.0, findings, "gaps")
 
 
 def _resampled_envelope(

@@ -38,7 +38,12 @@ def print_fit(result: FitResult) -> None:
     print(f"  {len(result.rows)} of {result.rows_in_table} rows, {loss}; {convergence(result)}\n")
     print_table([{"parameter": name, **numbers(each)} for name, each in result.parameters.items()], False)
     if len(result.samples):
-        drawn = {"runs": "runs drawn", "residuals": "residuals drawn", "sizes": "sizes drawn"}[result.resample]
+        drawn = {
+            "runs": "runs drawn",
+            "residuals": "residuals drawn",
+            "sizes": "sizes drawn",
+            "gaps": "best sizes drawn between neighbours",
+        }[result.resample]
         print(f"\n  intervals: 95%, percentiles of {len(result.samples):,} bootstrap fits ({drawn})")
     if result.optimum:
         print()

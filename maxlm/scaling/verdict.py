@@ -32,7 +32,8 @@ FLAT = 1e-8
 WIDE, WIDE_OPTIMUM = 0.5, 3.0
 BAD_RESIDUALS = 0.05
 EXTRAPOLATION = 30.0
-MIN_BACKTEST_ERROR = 0.005
+# What a back-test may miss by: three standard deviations of the residuals, but within these.
+MIN_BACKTEST_ERROR, MAX_BACKTEST_ERROR = 0.005, 0.03
 LEFT_OUT = 0.5
 
 
@@ -188,10 +189,11 @@ def beyond(result: FitResult, tolerance: float | None = None) -> list[Finding]:
     test = result.backtest
     if test is None:
         return found
-    allowed = max(3 * result.residual_scale, MIN_BACKTEST_ERROR) if tolerance is None else tolerance
+    noise = min(max(3 * result.residual_scale, MIN_BACKTEST_ERROR), MAX_BACKTEST_ERROR)
+    allowed = noise if tolerance is None else tolerance
     if abs(test.worst_error) > allowed:
         told = f"back-test: fitted to smaller runs, {test.target} of the largest is missed by {test.worst_error:+.2%}"
-        by = f"{allowed:.2%} would be within the noise"
+        by = f"up to {allowed:.2%} would pass"
         found.append(Finding("back-test", f"{told}; {by}", severe=abs(test.mean_error) > allowed))
     return found
 
