@@ -1,4 +1,4 @@
-"""What the parsers of commands have in common: a command and its function, arguments that many take, types of numbers."""
+"""What the parsers of commands have in common: arguments that many take, and types of numbers."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ def add_sweep(commands: Any) -> None:
 def fit(args: argparse.Namespace) -> None:
     """Fits a scaling law to a table of runs, with intervals, a back-test, and what is wrong with it in words."""
     from maxlm.console import print_json
-    from maxlm.scaling.fitting import FitOptions
     from maxlm.scaling.fitting import fit as run
+    from maxlm.scaling.result import FitOptions
     from maxlm.scaling.show import print_fit, print_laws
 
     if args.laws:
@@ -40,7 +40,6 @@ def fit(args: argparse.Namespace) -> None:
         loss=args.loss,
         delta=args.delta,
         resamples=args.resamples,
-        resample=args.resample,
         seed=args.seed,
         budgets=tuple(args.budget),
     )
@@ -68,10 +67,6 @@ def _add_fit(commands: Any) -> None:
     command.add_argument(
         "--resamples", type=at_least(0), default=2000, metavar="N", help="of the bootstrap (default: 2000; 0: none)"
     )
-    command.add_argument(
-        "--resample", choices=["runs", "residuals"],
-        help="what the bootstrap draws (default: runs; residuals where there are few runs)",
-    )  # fmt: skip
     command.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the bootstrap (default: 0)")
     command.add_argument(
         "--budget", type=above_zero, action="append", default=[], metavar="FLOPS",

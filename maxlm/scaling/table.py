@@ -1,7 +1,7 @@
 """A table of runs, from our sweeps or from anyone's CSV, and what is wrong with it, in words.
 
-Numbers are float64 columns; other columns (`run`, `status`) are kept as text. Reading keeps every row: `usable` then leaves
-out what cannot be fitted and says so, and `contradictions` names what can be fitted but should not be believed blindly.
+Numbers are float64 columns; other columns (`run`, `status`) are kept as text. Reading keeps every row: `usable` then
+leaves out what cannot be fitted and says so, and `contradictions` names what can be fitted but not believed blindly.
 """
 
 from __future__ import annotations
@@ -48,16 +48,20 @@ SHOWN_ROWS = 8
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong with a table or a fit. `rows` are the table's, as `RunTable.lines` numbers them; `kind` is one word."""
+    """Something wrong with a table or a fit, in words. `rows` are the table's, by `RunTable.lines`.
+
+    A `severe` one is a reason not to trust the fit.
+    """
 
     kind: str
     message: str
     rows: tuple[int, ...] = ()
+    severe: bool = False
 
 
 @dataclass(frozen=True)
 class RunTable:
-    """Runs as rows: `columns` float64 `[n]`, NaN where a row has nothing; `text` `[n]`; `lines`, each row's line in the file."""
+    """Runs as rows: `columns`, float64 `[n]`, NaN where there is nothing; `text` `[n]`; `lines`, theirs in the file."""
 
     columns: dict[str, np.ndarray]
     text: dict[str, list[str]] = field(default_factory=dict)
@@ -97,9 +101,10 @@ class RunTable:
         more = f" and {len(names) - SHOWN_ROWS} more" if len(names) > SHOWN_ROWS else ""
         return f"{what}{'s' if len(names) > 1 else ''} {', '.join(names[:SHOWN_ROWS])}{more}"
 
-    def finding(self, kind: str, rows: np.ndarray, message: str) -> Finding:
+    def finding(self, kind: str, rows: np.ndarray, message: str, *, severe: bool = False) -> Finding:
         """A finding about `rows` (bool `[n]`), which begins with their names."""
-        return Finding(kind, f"{self.name_rows(rows)}: {message}", tuple(self.lines[i] for i in np.flatnonzero(rows)))
+        lines = tuple(self.lines[i] for i in np.flatnonzero(rows))
+        return Finding(kind, f"{self.name_rows(rows)}: {message}", lines, severe)
 
 
 def read_table(path: Path | str, columns: Mapping[str, str] | None = None) -> RunTable:
@@ -236,12 +241,17 @@ def write_table(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> Path:
     return path
 
 
+def _cell(value: Any) -> Any:
+    return "" if value is None else repr(float(value)) if isinstance(value, float) else value
+
+
 def usable(table: RunTable, needed: Sequence[str]) -> tuple[RunTable, list[Finding]]:
     """The rows that a law can be fitted to, and what was left out or filled in.
 
     `needed` are columns of which a law reads every row. Left out: rows of runs that are not done, rows where a needed
-    number is missing, not finite or not above 0, and all but one of rows that are equal in everything. Tokens that are not
-    there are FLOPs / 6N, FLOPs 6ND. Raises DataError where a column is missing, or no row is left.
+    number is missing, not finite or not above 0, and all but one of rows that are equal in everything. Tokens that are
+    not there are FLOPs / 6N, FLOPs 6ND (of active parameters, where there are such). Raises DataError where a column is
+    missing, or no row is left.
     """
     findings: list[Finding] = []
     table = _fill_in(table, needed, findings)
@@ -280,8 +290,16 @@ def _fill_in(table: RunTable, needed: Sequence[str], findings: list[Finding]) ->
     if "n_tokens" in needed and "n_tokens" not in columns and {"flops", "n_params"} <= set(columns):
         table = table.with_column("n_tokens", columns["flops"] / (6 * columns["n_params"]))
         findings.append(Finding("derived", "no column n_tokens: tokens are taken to be FLOPs / 6N"))
-    if "flops" not in columns and {"n_tokens", "n_params"} <= set(columns):
-        table = table.with_column("flops", 6 * columns["n_params"] * columns["n_tokens"])
+    columns = table.columns
+    if "n_params_nonembedding" in needed and "n_params_nonembedding" not in columns and "n_params" in columns:
+        table = table.with_column("n_params_nonembedding", columns["n_params"])
+        told = "n_params is taken for it, and if it counts embeddings, exponents come out larger (arXiv:2406.12907)"
+        findings.append(Finding("derived", f"no column n_params_nonembedding: {told}"))
+    columns = table.columns
+    sizes = [columns[name] for name in ("n_params_active", "n_params", "n_params_nonembedding") if name in columns]
+    if "flops" not in columns and "n_tokens" in columns and sizes:
+        size = sizes[0]
+        table = table.with_column("flops", 6 * size * columns["n_tokens"])
         if "flops" in needed:
             findings.append(Finding("derived", "no column flops: FLOPs are taken to be 6ND"))
     return table
@@ -304,25 +322,49 @@ def _show(value: float) -> str:
 
 
 def contradictions(table: RunTable) -> list[Finding]:
-    """FLOPs that cannot be of the row's parameters and tokens: over `FLOPS_TOLERANCE` away from 6ND (6 N_active D)."""
+    """FLOPs that cannot be of the row's parameters and tokens: over `FLOPS_TOLERANCE` away from 6ND (6 N_active D).
+
+    A table that counts all its FLOPs otherwise is told so once, and its rows are compared with each other.
+    """
     columns = table.columns
     if not {"flops", "n_params", "n_tokens"} <= set(columns):
         return []
     size = columns.get("n_params_active", columns["n_params"])
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = columns["flops"] / (6 * size * columns["n_tokens"])
-    off = np.isfinite(ratio) & (np.abs(np.log(np.where(ratio > 0, ratio, 1))) > math.log(FLOPS_TOLERANCE))
-    if not off.any():
+    known = np.isfinite(ratio) & (ratio > 0)
+    if not known.any():
         return []
-    shown = f"{np.median(ratio[off]):.3g} times" if off.sum() > 1 else f"{ratio[off][0]:.3g} times"
-    remedy = "one of the three numbers is wrong, or is counted otherwise (embeddings, forward alone, active parameters)"
-    return [table.finding("flops", off, f"flops contradict 6ND, they are {shown} it; {remedy}")]
+    logs = np.log(np.where(known, ratio, 1.0))
+    usual, findings = float(np.median(logs[known])), []
+    if abs(usual) > math.log(FLOPS_TOLERANCE):
+        told = f"flops contradict 6ND throughout, they are about {math.exp(usual):.3g} times it"
+        findings.append(Finding("flops", f"{told}: attention, embeddings or the backward pass are counted otherwise"))
+    else:
+        usual = 0.0
+    off = known & (np.abs(logs - usual) > math.log(FLOPS_TOLERANCE))
+    if off.any():
+        low, high = f"{ratio[off].min():.3g}", f"{ratio[off].max():.3g}"
+        shown = low if low == high else f"{low} to {high}"
+        told = f"flops contradict 6ND, they are {shown} times it: one of the three numbers is wrong"
+        findings.append(table.finding("flops", off, told, severe=bool(off.mean() > 0.1)))
+    return findings
 
 
-def groups(values: np.ndarray, spread: float) -> np.ndarray:
-    """Numbers from 0 for clusters of positive `values` `[n]`: sorted, a gap over the factor `spread` begins another."""
-    order = np.argsort(values, kind="stable")
-    jump = np.diff(np.log(values[order])) > math.log(spread)
+def binned(values: np.ndarray, spread: float) -> np.ndarray:
+    """Numbers from 0 for clusters of positive `values` `[n]`, from the lowest up, each within the factor `spread`."""
     found = np.empty(len(values), int)
-    found[order] = np.concatenate([[0], np.cumsum(jump)])
+    start, at = -np.inf, -1
+    for i in np.argsort(values, kind="stable"):
+        if values[i] > start * spread or at < 0:
+            start, at = values[i], at + 1
+        found[i] = at
     return found
+
+
+def budgets(table: RunTable, spread: float) -> np.ndarray:
+    """Which FLOP budget each run is of, numbered from the smallest: the column `budget`, or FLOPs within `spread`."""
+    declared = table.columns.get("budget")
+    if declared is not None and np.all(np.isfinite(declared) & (declared > 0)):
+        return binned(declared, 1.001)
+    return binned(table.columns["flops"], spread)
