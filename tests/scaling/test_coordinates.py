@@ -39,8 +39,11 @@ def slopes(checked, which):
 def test_with_mup_changes_do_not_depend_on_the_width(checked):
     found = slopes(checked, "on")
     assert list(found) == ["embedding", "layer 1", "layer 2", "logits"]
-    # Measured 0.00, 0.00, 0.00 and -0.03; without transfer -0.01, 1.9, 2.1 and 0.8.
-    assert all(abs(slope) < 0.15 for slope in found.values()), found
+    # Of three seeds at most 0.01, 0.01, 0.02, and for logits -0.07 to -0.26; without transfer 0.01, 1.9, 2.1 and 0.8.
+    logits = found.pop("logits")
+    assert all(abs(slope) < 0.1 for slope in found.values()), found
+    # The part that the head as it started has in it falls with slope -1/2, the other stays.
+    assert -0.5 < logits < 0.1
 
 
 def test_without_transfer_layers_and_logits_change_more_the_wider_they_are(checked):
