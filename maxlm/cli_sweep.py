@@ -161,17 +161,10 @@ def _add_fit(commands: Any) -> None:
         "--delta", type=above_zero, metavar="X", help="where huber turns linear (default: the law's; 1e-3 of log loss)"
     )
     command.add_argument(
-        "--resamples", type=at_least(0), default=2000, metavar="N", help="of the bootstrap (default: 2000; 0: none)"
-    )
-    command.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the bootstrap (default: 0)")
-    command.add_argument(
         "--budget", type=above_zero, action="append", default=[], metavar="FLOPS",
         help="say the best size and tokens for these FLOPs; may be given several times",
     )  # fmt: skip
-    command.add_argument(
-        "--column", type=_renamed, action="append", default=[], metavar="NAME=THEIRS",
-        help="which column of the table is which of ours, such as n_params=Size",
-    )  # fmt: skip
+    _with_fit(command)
     with_json(command)
 
 
@@ -202,17 +195,10 @@ def _add_report(commands: Any) -> None:
         "--out", type=Path, metavar="DIR", help="where to (default: report in a sweep's folder, NAME-report by a table)"
     )
     command.add_argument(
-        "--resamples", type=at_least(0), default=2000, metavar="N", help="of the bootstrap (default: 2000; 0: none)"
-    )
-    command.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the bootstrap (default: 0)")
-    command.add_argument(
         "--budget", type=above_zero, action="append", default=[], metavar="FLOPS",
         help="of the next model (default: the largest run's, and 10 times that); may be given several times",
     )  # fmt: skip
-    command.add_argument(
-        "--column", type=_renamed, action="append", default=[], metavar="NAME=THEIRS",
-        help="which column of the table is which of ours, such as n_params=Size",
-    )  # fmt: skip
+    _with_fit(command)
     with_json(command)
 
 
@@ -245,6 +231,18 @@ def _add_coordinates(commands: Any) -> None:
     )
     command.add_argument("--png", type=Path, metavar="FILE", help="draw the changes over the sizes")
     with_json(command)
+
+
+def _with_fit(command: argparse.ArgumentParser) -> None:
+    """How a table is read and how its fit is resampled."""
+    command.add_argument(
+        "--resamples", type=at_least(0), default=2000, metavar="N", help="of the bootstrap (default: 2000; 0: none)"
+    )
+    command.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the bootstrap (default: 0)")
+    command.add_argument(
+        "--column", type=_renamed, action="append", default=[], metavar="NAME=THEIRS",
+        help="which column of the table is which of ours, such as n_params=Size",
+    )  # fmt: skip
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -362,12 +360,5 @@ def _add_optimum(commands: Any) -> None:
     )
     model.add_argument("--out", type=Path, metavar="FILE", help="write the model's config")
     model.add_argument("--force", action="store_true", help="write it though the fit is not to be trusted")
-    command.add_argument(
-        "--resamples", type=at_least(0), default=2000, metavar="N", help="of the bootstrap (default: 2000; 0: none)"
-    )
-    command.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of the bootstrap (default: 0)")
-    command.add_argument(
-        "--column", type=_renamed, action="append", default=[], metavar="NAME=THEIRS",
-        help="which column of the table is which of ours, such as n_params=Size",
-    )  # fmt: skip
+    _with_fit(command)
     with_json(command)
