@@ -245,6 +245,7 @@ def rows(ladder: Ladder, found: list[Progress]) -> list[dict[str, Any]]:
                 "bits_per_byte": state.bits_per_byte if state.ended else None,
                 "seconds": state.seconds,
                 "train_loss": state.train_loss if state.ended else None,
+                "note": state.note,
             }
         )
     return table

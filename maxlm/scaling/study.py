@@ -128,9 +128,13 @@ class Study:
             loss=column.get("loss", np.nan),
             status="done" if status in DONE else status,
             used=used,
-            reason=said[0] if said else "",
+            reason=self._note(at) or (said[0] if said else ""),
             predicted=self._predicted(size, tokens),
         )
+
+    def _note(self, at: int) -> str:
+        """What `maxlm sweep run` says of a run that failed or diverged."""
+        return self.table.text["note"][at] if "note" in self.table.text else ""
 
     def _predicted(self, size: float, tokens: float) -> float | None:
         if self.main is None or not (size > 0 and tokens > 0):
@@ -212,8 +216,8 @@ def make_study(
     """Reads a table or a sweep's folder, and fits all that the report shows. Raises DataError where it cannot be read,
     or has no run with a size, tokens and a loss.
 
-    A law that cannot be fitted is in `refused`, with the reason. Approach 1 of a sweep whose table has too few runs a
-    size takes the points of the training curves, as Hoffmann et al. do.
+    A law that cannot be fitted is in `refused`, with the reason. Approach 1 of a sweep whose sizes do not recur takes
+    the points of the training curves, as Hoffmann et al. do.
     """
     options = options or FitOptions()
     source = Path(source)
@@ -226,12 +230,15 @@ def make_study(
             fits[law] = fit(table, law, options)
         except DataError as error:
             refused[law] = str(error).removeprefix(f"{table.source}: ").removeprefix(f"{law}: ")
-    if "approach1" in refused and (points_table := table_of_curves(curves, table.source)) is not None:
+    first = fits.get("approach1")
+    coarse = first is None or any(finding.kind == "envelope" for finding in first.findings)
+    if coarse and (points_table := table_of_curves(curves, table.source)) is not None:
         try:
             fits["approach1"], of_curves = fit(points_table, "approach1", options), True
-            del refused["approach1"]
+            refused.pop("approach1", None)
         except DataError as error:
-            refused["approach1"] = str(error).removeprefix(f"{table.source}: ")
+            if first is None:
+                refused["approach1"] = str(error).removeprefix(f"{table.source}: ")
     name = source.resolve().name if source.is_dir() else source.stem
     return Study(name, table, fits, refused, options, curves, no_curves, of_curves)
 

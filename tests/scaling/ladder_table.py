@@ -29,9 +29,10 @@ def ladder_rows(seed: int = 0) -> list[dict[str, Any]]:
                 {
                     "run": f"c{budget:.0e}-n{size / 1e6:.0f}M".replace("+", ""), "budget": budget, "status": "done",
                     "n_params": float(size), "n_tokens": float(tokens), "loss": float(loss), "flops": 6 * size * tokens,
+                    "note": "",
                 }
             )  # fmt: skip
-    rows[7] |= {"status": "failed", "loss": None}
+    rows[7] |= {"status": "failed", "loss": None, "note": "exit code 5: disk full"}
     rows[17] |= {"status": "diverged", "loss": 6.9}
     return rows
 

@@ -158,7 +158,7 @@ def test_a_failed_run_is_tried_as_often_as_said_marked_and_started_again_by_the_
     assert (state.state, state.loss) == ("failed", None)
     assert "elsewhere" in state.note
     row = results(tmp_path / "sweep")[0]
-    assert (row["status"], row["loss"]) == ("failed", "nan")
+    assert (row["status"], row["loss"], row["note"]) == ("failed", "nan", state.note)
     (tmp_path / "elsewhere").symlink_to(store)
     said = finish(spec)
     assert "failed before (exit code 3" in said

@@ -175,7 +175,8 @@ def test_every_run_is_in_the_table_and_those_that_failed_or_diverged_are_shown(w
     failed, diverged = rows[7]["run"], rows[17]["run"]
     assert found.row(failed)[5] == "–"
     assert found.row(diverged)[5] == "6.900"
-    assert "not done" in found.row(failed)[-1]
+    assert found.row(failed)[-1] == "exit code 5: disk full"
+    assert "not done" in found.row(diverged)[-1]
     assert "1 failed and 1 diverged, left out" in found.text
     assert f"Dashed with a cross: {failed} (failed) and {diverged} (diverged)" in found.text
     (axes,) = drawn(written.study, figures.isoflop)
