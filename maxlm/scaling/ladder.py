@@ -11,7 +11,7 @@ from maxlm.config import RunConfig
 from maxlm.errors import ConfigError
 from maxlm.models.flops import ParameterCount, training_flops_per_token
 from maxlm.scaling.rules import Scale
-from maxlm.scaling.shapes import Family, Shape
+from maxlm.scaling.shapes import Family, Shape, sizes_of
 from maxlm.scaling.spec import Sweep
 
 TOLERANCE = 0.01
@@ -64,11 +64,7 @@ class PlannedRun:
         return {
             "run": self.name,
             "budget": self.budget,
-            "n_layers": model.n_layers,
-            "d_model": model.d_model,
-            "n_heads": model.n_heads,
-            "n_kv_heads": model.kv_heads,
-            "d_ff": model.d_ff,
+            **sizes_of(model),
             "n_params": self.count.total,
             "n_params_nonembedding": self.count.non_embedding,
             "n_params_active": self.count.active,

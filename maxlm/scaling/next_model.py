@@ -32,7 +32,7 @@ from maxlm.scaling.ladder import BATCH_RANGE, PlannedRun, one_run
 from maxlm.scaling.optimum import APPROACHES, Answer, Question, answer, surface_of, token_cap
 from maxlm.scaling.result import Estimate, FitResult
 from maxlm.scaling.rules import BATCHES, LEARNING_RATES, PublishedRule
-from maxlm.scaling.shapes import Family, Shape
+from maxlm.scaling.shapes import Family, Shape, sizes_of
 from maxlm.scaling.spec import DEFAULTS, Sweep, SweepSpec, load_sweep, sweep_names
 from maxlm.scaling.surface import Surface
 
@@ -87,11 +87,7 @@ class NextModel:
         model, train = self.config.model, self.config.train
         return {
             "base": self.rules.spec.base,
-            "n_layers": model.n_layers,
-            "d_model": model.d_model,
-            "n_heads": model.n_heads,
-            "n_kv_heads": model.kv_heads,
-            "d_ff": model.d_ff,
+            **sizes_of(model),
             "n_params": self.count.total,
             "n_params_nonembedding": self.count.non_embedding,
             "n_tokens": self.n_tokens,

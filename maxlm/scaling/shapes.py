@@ -157,3 +157,14 @@ def _model(base: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
             f"the rule `shape` makes no model of d_model = {changes['d_model']}, n_layers = {changes['n_layers']}: "
             f"{problem}"
         ) from None
+
+
+def sizes_of(model: ModelConfig) -> dict[str, int]:
+    """A model's shape as plain data, by the config's names."""
+    return {
+        "n_layers": model.n_layers,
+        "d_model": model.d_model,
+        "n_heads": model.n_heads,
+        "n_kv_heads": model.kv_heads,
+        "d_ff": model.d_ff,
+    }
