@@ -94,7 +94,8 @@ def compiled(kind, accumulation=1, rate=1e-2):
             schedule={"warmup_steps": 0},
         )
     )  # fmt: skip
-    return program, program.train_step()
+    with jax.set_mesh(program.mesh):
+        return program, program.train_step()
 
 
 def trained(kind, steps, state=None, first=0, **keys):

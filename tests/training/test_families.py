@@ -70,15 +70,23 @@ def batch_of(run, turn):
 def new_state(program):
     """Random parameters and an optimizer that has seen nothing; without a program that would have to be compiled."""
     zeros = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), program.abstract_state)
-    return dataclasses.replace(zeros, params=ours.random_params(program.model, program.mesh))
+    config, params = program.config.model, ours.random_params(program.model, program.mesh)
+    if config.attention_scale == 1.0:
+        # T5 starts with queries so much smaller; with saturated scores rounding would soon be seen in the loss.
+        def scaled(path, x):
+            return x * config.head_width**-0.5 if path[-1].key == "q" else x
+
+        params = jax.tree_util.tree_map_with_path(scaled, params)
+    return dataclasses.replace(zeros, params=params)
 
 
 @functools.cache
 def trained(name, n_devices):
     """Metrics of the steps; the first parameters, and the state after the first step."""
     mesh = mesh_of(name) if n_devices > 1 else {}
-    # A rate at which Adam, which divides by the size of a gradient, does not make much of rounding.
-    run = tiny.config(model=MODELS[name], mesh=mesh, optimizer={"learning_rate": 3e-3}, schedule={"warmup_steps": 0})
+    # With an epsilon that is nearly zero Adam would make whole steps of gradients that are nothing but rounding.
+    optimizer = {"learning_rate": 1e-2, "epsilon": 1e-3}
+    run = tiny.config(model=MODELS[name], mesh=mesh, optimizer=optimizer, schedule={"warmup_steps": 0})
     program = tiny.program(run, n_devices)
     with jax.set_mesh(program.mesh):
         state, step, metrics, first = new_state(program), program.train_step(), [], None
