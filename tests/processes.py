@@ -15,12 +15,6 @@ from subprocess import CompletedProcess
 
 ROOT = Path(__file__).parent.parent
 
-# For `XLA_FLAGS`: a program runs a few steps of a tiny model, and its compilation takes nearly all of the time. Without
-# LLVM's optimizations, and with the older emitters of loops, it takes a third of the CPU time (a step of a tiny
-# DeepSeek on 8 devices: 3.0 s of 9.6 s). What XLA makes of the program (fusions, collectives, buffers) stays.
-# Options of a backend that it does not know, such as another version of jax, it passes over.
-FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-
 
 def free_port() -> int:
     """A TCP port that nobody listens on."""
@@ -51,7 +45,7 @@ def run_processes(
             process = subprocess.Popen(
                 [sys.executable, *map(str, arguments)],
                 cwd=ROOT,
-                env=_environment(devices_per_process) | (cluster if n > 1 else {}) | dict(env or {}),
+                env=environment(devices_per_process) | (cluster if n > 1 else {}) | dict(env or {}),
                 stdout=files[2 * i],
                 stderr=files[2 * i + 1],
             )
@@ -74,13 +68,14 @@ def report(result: CompletedProcess[str]) -> str:
     return f"exit code {result.returncode}\nstdout:\n{result.stdout[-4000:]}\nstderr:\n{result.stderr[-6000:]}"
 
 
-def _environment(devices_per_process: int) -> dict[str, str]:
+def environment(devices: int = 1) -> dict[str, str]:
+    """That of a process with so many devices. The same for all, or their programs would round differently."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MAXLM_")}
     path = os.pathsep.join(filter(None, [str(ROOT), clean.get("PYTHONPATH")]))
     return clean | {
         "PYTHONPATH": path,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_per_process} {FAST_COMPILATION}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
 
 

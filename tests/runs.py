@@ -15,7 +15,7 @@ import yaml
 from maxlm.data.config import DataConfig
 from maxlm.data.prepare import prepare
 from maxlm.data.tokenizer import TokenizerConfig, train_from_config
-from tests.processes import ROOT
+from tests.processes import ROOT, environment
 
 # What a metrics line says of the training itself; the rest of it are times.
 TRAINING = ("step", "tokens", "loss", "nll", "grad_norm", "learning_rate", "skipped_steps")
@@ -67,10 +67,9 @@ def command(config: Path, *overrides: str) -> list[str]:
 
 def start(config: Path, *overrides: str, log: Path) -> subprocess.Popen[bytes]:
     """Starts `maxlm train` on one device in a process of its own, its output in `log`."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     with log.open("ab") as file:
         return subprocess.Popen(
-            [sys.executable, *command(config, *overrides)], cwd=ROOT, env=environment, stdout=file, stderr=file
+            [sys.executable, *command(config, *overrides)], cwd=ROOT, env=environment(), stdout=file, stderr=file
         )
 
 

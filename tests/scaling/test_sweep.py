@@ -17,7 +17,7 @@ from maxlm.scaling.jobs import OUTPUT
 from maxlm.scaling.sweep import plan
 from maxlm.scaling.table import read_table
 from tests import runs
-from tests.processes import ROOT, run_processes
+from tests.processes import ROOT, environment, run_processes
 from tests.scaling import specs
 
 pytestmark = pytest.mark.processes
@@ -29,10 +29,6 @@ KEYS = {
     "overrides": {"schedule": {"kind": "wsd"}},
     "decay": {"branches": True, "fraction": 0.3},
 }
-
-
-def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)} | more
 
 
 def start(spec: Path, *flags: str) -> subprocess.Popen[str]:
@@ -190,9 +186,9 @@ def test_a_rendered_array_job_is_a_task_a_run_and_proper_bash(scripts):
 
 
 def test_a_task_that_is_out_of_time_saves_and_is_queued_again_and_its_divergence_is_marked(scripts):
-    env = environment(
-        PATH=f"{scripts}/bin:{os.environ['PATH']}", SLURM_ARRAY_TASK_ID="0", SLURM_ARRAY_JOB_ID="42"
-    )  # fmt: skip
+    env = environment() | {
+        "PATH": f"{scripts}/bin:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "42"
+    }  # fmt: skip
     subprocess.run(["bash", scripts / "job" / "prepare.sbatch"], cwd=ROOT, env=env, check=True)
     task = subprocess.Popen(["bash", scripts / "job" / "runs.sbatch"], cwd=ROOT, env=env)
     wait_for_step(scripts / "sweep", 2)
