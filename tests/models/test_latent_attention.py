@@ -6,9 +6,9 @@ from pydantic import ValidationError
 
 from maxlm.config import load_config
 from maxlm.models.config import ModelConfig
-from maxlm.models.rope_config import RopeScalingConfig
 from maxlm.models.families import family_for
 from maxlm.models.flops import cache_bytes_per_token, count_parameters, forward_flops
+from maxlm.models.rope_config import RopeScalingConfig
 from tests import latents, tiny
 
 
