@@ -15,12 +15,6 @@ from subprocess import CompletedProcess
 
 ROOT = Path(__file__).parent.parent
 
-# For `XLA_FLAGS`: a program runs a few steps of a tiny model, and its compilation takes nearly all of the time. Without
-# LLVM's optimizations, and with the older emitters of loops, it takes a third of the CPU time (a step of a tiny
-# DeepSeek on 8 devices: 3.0 s of 9.6 s). What XLA makes of the program (fusions, collectives, buffers) stays.
-# Options of a backend that it does not know, such as another version of jax, it passes over.
-FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-
 
 def free_port() -> int:
     """A TCP port that nobody listens on."""
@@ -80,7 +74,7 @@ def _environment(devices_per_process: int) -> dict[str, str]:
     return clean | {
         "PYTHONPATH": path,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_per_process} {FAST_COMPILATION}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_per_process}",
     }
 
 
