@@ -9,16 +9,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+# Before the first import of jax: its backend reads these once.
+os.environ["JAX_PLATFORMS"] = "cpu"
 # A program runs a few steps of a tiny model: nearly all of its time is compilation. Without LLVM's optimizations, and
 # with the older emitters of loops, that takes a third (a step of a tiny DeepSeek on 8 devices: 3.0 of 9.6 s of a core).
 # What XLA makes of the program, its fusions, collectives and buffers, stays. Options of a backend that another version
 # does not know it passes over. Processes that tests start have the compiler as it is for a run, and its exact bits.
-
-# Before the first import of jax: its backend reads these once.
-os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
 
 import jax
