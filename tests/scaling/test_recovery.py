@@ -8,6 +8,8 @@ from maxlm.scaling.fitting import fit
 from maxlm.scaling.laws import LAWS, find_law
 from maxlm.scaling.result import FitOptions
 
+pytestmark = pytest.mark.exhaustive
+
 # Rows, seeds and resamples. Seeds are 50 at least, and more where two parameters that move together are all there is to
 # count, so that chance alone does not leave 90 to 99%. Laws of many parameters get fewer resamples, to save time.
 TABLES = {

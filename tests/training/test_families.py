@@ -13,6 +13,8 @@ from maxlm.models.families.bert import BERT_PRETRAINING
 from tests import latents, tiny, tiny_moe
 from tests.interop import ours
 
+pytestmark = pytest.mark.exhaustive
+
 STEPS = 6
 # Latent attention, experts in groups and shared ones, all the ways of balancing, and a token further ahead.
 DEEPSEEK_V3 = {
