@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,6 +121,25 @@ def _holds(data: Any, path: KeyPath) -> bool:
             return False
         data = data[part]
     return True
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted key as a tree: the inverse of flattening."""
+    tree: dict[str, Any] = {}
+    for name, value in leaves.items():
+        *sections, last = name.split(".")
+        inner = tree
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[last] = value
+    return tree
+
+
+def extended_as(parent: Path, path: Path) -> str:
+    """What `extends` finds `parent` by from the file `path`: a preset's name, or the way from its folder."""
+    if parent.resolve().parent == presets_folder().resolve() and not (path.parent / parent.stem).exists():
+        return parent.stem
+    return os.path.relpath(parent.resolve(), path.parent.resolve())
 
 
 def dump(data: dict[str, Any]) -> str:

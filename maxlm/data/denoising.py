@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maxlm.data.objective import Objective
-from maxlm.data.objectives import causal_batch
+from maxlm.data.objectives import causal_batch, uniform
 from maxlm.data.sentence_pairs import N_DRAWS, Windows, pair_batch
 
 # BERT's shares of chosen tokens that are masked, and that are replaced by any token; the others stay.
@@ -91,8 +91,8 @@ def prefix_batch(batch: dict[str, np.ndarray], draws: Draws) -> dict[str, np.nda
     told = told[rows_B1, segments]
     # A document's number is the one at the place where it begins.
     begins = np.arange(segments.shape[1]) - positions
-    uniform = (draws.bits(segments.shape[1])[rows_B1, begins] >> np.uint64(11)) * 2.0**-53
-    lengths = np.where(segments > 0, np.minimum(1 + (uniform * told).astype(np.int64), told), 0)
+    drawn = uniform(draws.bits(segments.shape[1])[rows_B1, begins])
+    lengths = np.where(segments > 0, np.minimum(1 + (drawn * told).astype(np.int64), told), 0)
     weights = batch["weights"] * (positions >= lengths - 1)
     return batch | {"weights": weights.astype(np.float32), "prefix": positions < lengths}
 
@@ -107,10 +107,10 @@ def _mlm(how: Objective, batch: dict[str, np.ndarray], marks: Marks, draws: Draw
     wanted = np.rint(here.sum(axis=1) * how.mask_rate)
     ranks = np.argsort(np.argsort(ranked, axis=1, kind="stable"), axis=1, kind="stable")
     chosen = here & (ranks < np.maximum(wanted, 1)[:, None])
-    uniform = (bits[:, 1] >> np.uint64(11)) * 2.0**-53
+    drawn = uniform(bits[:, 1])
     anything = (bits[:, 2] % np.uint64(marks.vocab_size)).astype(np.int32)
-    inputs = np.where(chosen & (uniform < MASKED), how.special_id, tokens)
-    inputs = np.where(chosen & (uniform >= MASKED) & (uniform < MASKED + REPLACED), anything, inputs)
+    inputs = np.where(chosen & (drawn < MASKED), how.special_id, tokens)
+    inputs = np.where(chosen & (drawn >= MASKED) & (drawn < MASKED + REPLACED), anything, inputs)
     targets = np.where(chosen, tokens, 0)
     return batch | {
         "inputs": inputs.astype(np.int32),

@@ -22,6 +22,11 @@ def document_starts(windows: np.ndarray, bos_id: int | None, eos_id: int | None)
     return starts
 
 
+def uniform(bits: np.ndarray) -> np.ndarray:
+    """Random uint64 of any shape as float64 in [0, 1)."""
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
 def causal_batch(
     windows: np.ndarray, bos_id: int | None, eos_id: int | None, lengths: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maxlm.data.objectives import uniform
 from maxlm.errors import DataError
 
 # What `next_sentence` says of a row; 0 is nothing.
@@ -50,7 +51,7 @@ def pair_batch(
         piece = _longest_piece(first, row, (bos_id, eos_id))[: length - 3]
         if not len(piece):
             continue
-        cut, elsewhere, place = (bits[row] >> np.uint64(11)) * 2.0**-53
+        cut, elsewhere, place = uniform(bits[row])
         split = 1 + int(cut * (len(piece) - 1))
         a, b, source = piece[:split], piece[split:], first
         if other is not None and len(b):

@@ -29,12 +29,12 @@ from maxlm.planning.candidates import (
     required_bytes,
     vary,
 )
+from maxlm.planning.hardware import GIB
 from maxlm.planning.topology import Topology
 
 if TYPE_CHECKING:
     from maxlm.config import RunConfig
 
-GIB = 2**30
 
 # A compilation of a large model takes a minute or two: after so many it is left at estimates.
 MOST_COMPILATIONS = 6

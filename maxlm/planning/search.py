@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,12 +31,12 @@ from maxlm.planning.candidates import (
     required_bytes,
     shortlisted,
 )
+from maxlm.planning.hardware import GIB
 from maxlm.planning.topology import Topology
 
 if TYPE_CHECKING:
     from maxlm.config import RunConfig
 
-GIB = 2**30
 
 # At most so many of one mesh are compiled, and so many that differ only in how `data` and `fsdp` share the devices,
 # while others wait: the rest would be near-copies.
@@ -224,7 +223,7 @@ def write_config(result: SearchResult, path: str | Path) -> None:
     It has the original's name, the overrides that were given and the keys that were chosen. Raises ConfigError where
     nothing fits or the file is the original one, StorageError where it cannot be written.
     """
-    from maxlm.config_file import dump, find
+    from maxlm.config_file import dump, extended_as, find
 
     path = Path(path)
     if result.best is None:
@@ -232,21 +231,13 @@ def write_config(result: SearchResult, path: str | Path) -> None:
     original = find(result.source)
     if path.exists() and path.samefile(original):
         raise ConfigError(f"{path}: is the config that was searched from; give the new one another name")
-    tree = {"extends": _parent(original, path), "name": result.config.name}
+    tree = {"extends": extended_as(original, path), "name": result.config.name}
     write_atomically(path, _header(result, result.best) + dump(tree | _written_keys(result, result.best)))
-
-
-def _parent(original: Path, path: Path) -> str:
-    """What `extends` finds the original by from the new file: a preset's name, or the way from its folder."""
-    from maxlm.config_file import presets_folder
-
-    if original.resolve().parent == presets_folder().resolve() and not (path.parent / original.stem).exists():
-        return original.stem
-    return os.path.relpath(original.resolve(), path.parent.resolve())
 
 
 def _written_keys(result: SearchResult, best: Trial) -> dict[str, Any]:
     """The keys of the overrides and of the choices, nested, with their values in the best config."""
+    from maxlm.config_file import nested
     from maxlm.config_keys import flatten
 
     leaves = flatten(best.candidate.config)
@@ -255,14 +246,7 @@ def _written_keys(result: SearchResult, best: Trial) -> dict[str, Any]:
         name = text.partition("=")[0].strip()
         # An override may name a section, or reach into a list, which is one leaf.
         wanted |= {leaf for leaf in leaves if f"{leaf}.".startswith(f"{name}.") or f"{name}.".startswith(f"{leaf}.")}
-    tree: dict[str, Any] = {}
-    for leaf in (leaf for leaf in leaves if leaf in wanted):
-        *sections, key = leaf.split(".")
-        inner = tree
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[key] = leaves[leaf]
-    return tree
+    return nested({leaf: leaves[leaf] for leaf in leaves if leaf in wanted})
 
 
 def _header(result: SearchResult, best: Trial) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from maxlm.errors import MaxlmError
 from maxlm.parallel import support
 from maxlm.parallel.mesh import resolve_sizes
+from maxlm.planning.hardware import GIB
 from maxlm.planning.memory_model import predicted_memory
 from maxlm.planning.roofline import roofline
 from maxlm.planning.topology import parse_topology
@@ -15,8 +16,6 @@ from maxlm.scaling.spec import Sweep
 
 if TYPE_CHECKING:
     from maxlm.scaling.ladder import PlannedRun
-
-GIB = 2**30
 
 
 class Costs:

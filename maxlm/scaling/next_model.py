@@ -8,7 +8,6 @@ taken whose loss is then least by the law.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from maxlm.config import RunConfig, diff, load_config
-from maxlm.config_file import Tree, dump, find, preset_names, presets_folder, read_tree
+from maxlm.config_file import Tree, dump, extended_as, find, nested, preset_names, read_tree
 from maxlm.config_keys import validate
 from maxlm.errors import ConfigError
 from maxlm.files import write_atomically
@@ -72,15 +71,8 @@ class NextModel:
         ours = {f"{section}.{name}" for section, values in DEFAULTS.items() for name in values}
         given = {f"{section}.{name}" for section, values in self.rules.spec.overrides.items() for name in values or ()}
         skipped = {"name", "run_dir", *(ours - given)}
-        tree: dict[str, Any] = {}
-        for path, _, value in diff(load_config(self.parent), self.config):
-            if path not in skipped:
-                *sections, last = path.split(".")
-                inner = tree
-                for section in sections:
-                    inner = inner.setdefault(section, {})
-                inner[last] = value
-        return tree
+        changed = diff(load_config(self.parent), self.config)
+        return nested({path: value for path, _, value in changed if path not in skipped})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `--json` prints it."""
@@ -348,13 +340,6 @@ def write_model(found: Answer, path: str | Path) -> RunConfig:
     config = validate(RunConfig, below.merged_with(Tree(tree, {})), str(path))
     write_atomically(path, _header(found, model) + dump({"extends": extended_as(parent, path), **tree}))
     return config
-
-
-def extended_as(parent: Path, path: Path) -> str:
-    """What `extends` finds `parent` by from the file `path`: a preset's name, or the way from its folder."""
-    if parent.resolve().parent == presets_folder().resolve() and not (path.parent / parent.stem).exists():
-        return parent.stem
-    return os.path.relpath(parent.resolve(), path.parent.resolve())
 
 
 def _header(found: Answer, model: NextModel) -> str:

@@ -39,9 +39,9 @@ figcaption p { font-size: 14px; margin: 8px 0; max-width: 78ch; } figcaption p b
 .terms { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; font-size: 14px; }
 .terms dt { font-weight: 600; } .terms dd { margin: 0; color: var(--soft); }
 .out > *, .figures tbody .out th { color: var(--bad); } .pending > *, .figures tbody .pending th { color: var(--soft); }
-.law { font: 14px/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.law { font: 14px/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  overflow-wrap: anywhere; }
 .ours > * { background: color-mix(in srgb, var(--a) 9%, transparent); }
-.law { overflow-wrap: anywhere; }
 @media (max-width: 560px) { .terms { grid-template-columns: 1fr; } .terms dd { margin-bottom: 8px; } }
 """
 )

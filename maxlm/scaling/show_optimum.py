@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 from maxlm.console import print_table
+from maxlm.planning.hardware import GIB
 from maxlm.scaling.next_model import NextModel
 from maxlm.scaling.optimum import Answer
 from maxlm.scaling.result import Estimate
 from maxlm.training.progress import short_number
 
-GIB = 2**30
 # An interval that is narrower than this is one of rounding.
 A_POINT = 1e-6
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from maxlm.console import print_json, print_table
+from maxlm.planning.hardware import GIB
 from maxlm.scaling.collect import Progress
 from maxlm.scaling.ladder import Ladder, PlannedRun
 from maxlm.training.progress import short_number, short_time
 
-GIB = 2**30
 REFRESH_SECONDS = 2.0
 
 
