@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from maxlm.errors import CheckpointError
 from maxlm.evaluation.chart import MAX_POINTS, Series, line_chart, log_ticks, ticks
 from maxlm.evaluation.report import count, duration, figure, number, write_report
+from tests import pages
 
 CONFIG = "name: tiny\ntrain:\n  steps: 40\n"
 
@@ -54,35 +54,11 @@ LINES = [
 ]
 
 
-class Page(HTMLParser):
-    """Checks that every tag is closed in order, and gathers the text, the tiles and the places that load something."""
-
-    VOID = frozenset({"meta", "input", "br", "link", "img"})
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.texts: list[str] = []
-        self.loads: list[str] = []
-        self.tags: list[str] = []
-        self.feed(html)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.loads += [value for name, value in attrs if name in ("src", "href", "srcset", "action")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
+class Page(pages.Page):
+    """A run's page with its tiles."""
 
     def handle_data(self, data):
-        self.texts.append(data)
+        self.texts.append(data)  # styles too
 
     @property
     def tiles(self) -> dict[str, str]:

@@ -2,51 +2,14 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 
 import pytest
 
 from maxlm.errors import StorageError
 from maxlm.planning.bars import Bar, Segment, bars
 from maxlm.planning.page import page, write_page
+from tests.pages import Page
 from tests.planning.sample_plans import GIB, KEPT_NAMES, NAMES, expected, load, with_holes
-
-
-class Page(HTMLParser):
-    """Checks that every tag is closed in order, and gathers the text, the tables and the places that load something."""
-
-    VOID = frozenset({"meta", "br", "link", "img", "input"})
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.loads: list[str | None] = []
-        self.texts: list[str] = []
-        self.feed(html)
-        assert self.open == []
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.texts))
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.loads += [
-            value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "action", "data")
-        ]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.texts.append(data)
 
 
 def charts(html: str) -> dict[str, ElementTree.Element]:

@@ -6,7 +6,6 @@ import io
 import json
 import re
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -28,6 +27,7 @@ from maxlm.scaling.reporting import page, report
 from maxlm.scaling.result import FitOptions
 from maxlm.scaling.study import LAWS, exponents, make_study, path
 from maxlm.scaling.table import write_table
+from tests import pages
 
 SECTIONS = {
     "summary", "warnings", "terms", "loss-curves", "isoflop", "frontier", "contours", "parameters", "exponents",
@@ -36,47 +36,27 @@ SECTIONS = {
 OPTIONS = FitOptions(resamples=200)
 
 
-class Page(HTMLParser):
-    """Checks that every tag is closed in order, and gathers ids, text, rows of tables, and what is loaded."""
-
-    VOID = frozenset({"meta", "img", "source"})
+class Page(pages.Page):
+    """A page with its ids and the rows of its tables."""
 
     def __init__(self, html: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
         self.ids: set[str] = set()
-        self.loads: list[str] = []
         self.rows: list[list[str]] = []
-        self.texts: list[str] = []
-        self.feed(html)
-        assert self.open == []
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.texts))
+        super().__init__(html)
 
     def row(self, name: str) -> list[str]:
         return next(row for row in self.rows if row[0] == name)
 
     def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
+        super().handle_starttag(tag, attrs)
         self.ids |= {value for name, value in attrs if name == "id"}
-        self.loads += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self.open:
-            self.texts.append(data)
+        super().handle_data(data)
         if self.open and self.open[-1] in ("td", "th"):
             self.rows[-1][-1] += data
 
