@@ -25,7 +25,7 @@ from maxlm.kernels.attention_bias import Bias, diagonal_sums, spread_over_diagon
 from maxlm.kernels.attention_extras import Extras
 from maxlm.kernels.attention_relative import Relative, at_distances, by_distance, under_keys
 from maxlm.kernels.masks import Mask, Tile, TileKind
-from maxlm.parallel.axes import mesh_axes
+from maxlm.parallel.axes import token_axes
 
 # Below any real score, and finite, so that a row of masked scores (-inf) gives exp(-inf) = 0 and never inf - inf.
 FLOOR = -1e30
@@ -348,7 +348,7 @@ def _before_any_key(
 def _sinks_gradient(sinks_H: jax.Array, lse_BTH: jax.Array, delta_BTH: jax.Array) -> jax.Array:
     """A sink's gradient is that of a score whose value is 0: `-p delta`, of all queries of all devices."""
     p_BTH = jnp.exp(sinks_H.astype(jnp.float32) - lse_BTH)
-    d_H = manual.total(-jnp.sum(p_BTH * delta_BTH, axis=(0, 1)), mesh_axes("batch"))
+    d_H = manual.total(-jnp.sum(p_BTH * delta_BTH, axis=(0, 1)), token_axes())
     return d_H.astype(sinks_H.dtype)
 
 
@@ -380,7 +380,7 @@ def _relative_gradient(relative: Relative, found: _Positions, shape: _Shape) -> 
     r = relative.r_LHK
     varying = r.astype(jnp.float32) + manual.zeros(r.shape, jnp.float32, found.r_DHK, r)
     _, pull_back = jax.vjp(lambda r: at_distances(r, relative.behind, shape.first_distance, shape.n_diagonals), varying)
-    (dr,) = manual.total(pull_back(found.r_DHK), mesh_axes("batch"))
+    (dr,) = manual.total(pull_back(found.r_DHK), token_axes())
     return replace(relative, q_BTHK=shape.untile_q(found.q.astype(relative.q_BTHK.dtype)), r_LHK=dr.astype(r.dtype))
 
 
@@ -388,7 +388,7 @@ def _bias_gradient(bias: Bias, dbias_HD: jax.Array, distances_D: jax.Array) -> B
     """From the gradient at every distance to that of the bias's own array, over all devices that share it."""
     varying = jax.tree.map(lambda x: x.astype(jnp.float32) + manual.zeros(x.shape, jnp.float32, dbias_HD, x), bias)
     _, pull_back = jax.vjp(lambda bias: bias.of(distances_D), varying)
-    (gradient,) = manual.total(pull_back(dbias_HD), mesh_axes("batch"))
+    (gradient,) = manual.total(pull_back(dbias_HD), token_axes())
     return jax.tree.map(lambda d, x: d.astype(x.dtype), gradient, bias)
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from maxlm.kernels import manual
-from maxlm.parallel.axes import activation_spec, mesh_axes
+from maxlm.parallel.axes import activation_spec, mesh_axes, sequence_axes, token_axes
 
 # Bytes of one chunk's float32 logits, and the fewest tokens whose products are still efficient. On a CPU the devices of
 # a mesh are simulated and share one memory, so the bytes are for all of them. On an accelerator every chunk reads and
@@ -172,7 +172,7 @@ def _local_sums(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, how: _How, w_axe
         return _add_sums(sums, part, weight_N, how), None
 
     sums, _ = jax.lax.scan(body, _no_sums(weights_BT, how), chunks)
-    return manual.total(sums, mesh_axes("batch"))
+    return manual.total(sums, token_axes())
 
 
 def _local_token_losses(x_BTD, w_VD, bias_V, targets_BT, *, how: _How, w_axes: manual.Axes):
@@ -225,14 +225,14 @@ def _local_gradients(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, how: _How, 
     dbias = None if bias_V is None else manual.zeros(bias_V.shape, jnp.float32, w_DV, x_BTD)
     (sums, dw, dbias), (dx_CND, dweight_CN) = jax.lax.scan(body, (sums, dw, dbias), chunks)
     dx_BTD = dx_CND.reshape(-1, x_BTD.shape[-1])[:n_tokens].reshape(*weights_BT.shape, -1)
-    dx_BTD = manual.scattered_total(dx_BTD, mesh_axes("residual_length"), 1)
+    dx_BTD = manual.scattered_total(dx_BTD, sequence_axes(), 1)
     # Between devices it travels in the format of the products, as the gradients of all gathered weights do.
     dw = manual.scattered_total(dw.astype(x_BTD.dtype), w_axes, 1)
-    dw = manual.total(dw, tuple(axis for axis in mesh_axes("batch") if axis not in w_axes))
+    dw = manual.total(dw, tuple(axis for axis in token_axes() if axis not in w_axes))
     if bias_V is not None:
-        dbias = manual.total(dbias, mesh_axes("batch")).astype(bias_V.dtype)
+        dbias = manual.total(dbias, token_axes()).astype(bias_V.dtype)
     dweight_BT = dweight_CN.reshape(-1)[:n_tokens].reshape(weights_BT.shape)
-    return manual.total(sums, mesh_axes("batch")), dx_BTD, dw.astype(w_VD.dtype), dbias, dweight_BT
+    return manual.total(sums, token_axes()), dx_BTD, dw.astype(w_VD.dtype), dbias, dweight_BT
 
 
 @jax.tree_util.register_dataclass
@@ -254,7 +254,7 @@ class _Losses:
 def _prepare(x_BTD, w_DV, bias_V, targets_BT, weights_BT, how: _How):
     """The function that makes a chunk's losses, the chunks to scan over, and how many of their tokens are real."""
     axes = mesh_axes("vocab")
-    x_BTD = manual.gathered(x_BTD, mesh_axes("residual_length"), 1)
+    x_BTD = manual.gathered(x_BTD, sequence_axes(), 1)
     v_local = w_DV.shape[1]
     first_column = manual.index(axes) * v_local
     padded = v_local * manual.count(axes) != how.vocab_size
@@ -334,7 +334,7 @@ def _token_spec() -> PartitionSpec:
 
 def _bring(x_BTD: jax.Array, w_VD: jax.Array, bias_V: jax.Array | None, targets_BT: jax.Array) -> tuple[Any, ...]:
     x_BTD = manual.bring(x_BTD, activation_spec("batch", "residual_length", None))
-    stored = tuple(axis for axis in manual.axes_of(w_VD, 1) if axis in mesh_axes("batch"))
+    stored = tuple(axis for axis in manual.axes_of(w_VD, 1) if axis in token_axes())
     w_VD = manual.bring(w_VD, PartitionSpec(mesh_axes("vocab"), stored or None))
     if bias_V is not None:
         bias_V = manual.bring(bias_V, activation_spec("vocab"))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from maxlm.kernels import manual
-from maxlm.parallel.axes import activation_spec, mesh_axes
+from maxlm.parallel.axes import activation_spec, mesh_axes, sequence_axes, token_axes
 
 # Tokens whose gradients are added to the table's at once. They are those of all devices that share its width, which is
 # then narrow, and a TPU fills its 128 lanes up: eight times the bytes where 256 devices share 4,096 columns.
@@ -36,7 +36,7 @@ def embed(
     """
     if table_VD.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
         raise ValueError(f"embed: a table {table_VD.shape} by tokens of {tokens_BT.dtype}; need [V, D] by integers")
-    stored = tuple(axis for axis in manual.axes_of(table_VD, 1) if axis in mesh_axes("batch"))
+    stored = tuple(axis for axis in manual.axes_of(table_VD, 1) if axis in token_axes())
     table_VD = manual.bring(table_VD, PartitionSpec(mesh_axes("vocab"), stored or None))
     tokens_BT = manual.bring(tokens_BT, activation_spec("batch", "length"))
     return _embed(table_VD, tokens_BT, jnp.dtype(dtype or table_VD.dtype), length_axis)
@@ -45,7 +45,7 @@ def embed(
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, length_axis: str) -> jax.Array:
     table_spec, tokens_spec, x_spec, stored = _specs(table_VD, length_axis)
-    local = partial(_local_lookup, dtype=dtype, stored=stored, length_axes=mesh_axes(length_axis))
+    local = partial(_local_lookup, dtype=dtype, stored=stored, length_axes=sequence_axes(length_axis))
     return manual.on_each_device(local, (table_spec, tokens_spec), x_spec)(table_VD, tokens_BT)
 
 
@@ -56,7 +56,7 @@ def _forward(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, length
 def _backward(dtype: jnp.dtype, length_axis: str, residuals, dx_BTD: jax.Array):
     table_VD, tokens_BT = residuals
     table_spec, tokens_spec, x_spec, stored = _specs(table_VD, length_axis)
-    local = partial(_local_gradient, stored=stored, length_axes=mesh_axes(length_axis))
+    local = partial(_local_gradient, stored=stored, length_axes=sequence_axes(length_axis))
     run = manual.on_each_device(local, (table_spec, tokens_spec, x_spec), table_spec)
     return run(table_VD, tokens_BT, manual.bring(dx_BTD, x_spec)), None
 
@@ -91,7 +91,7 @@ def _local_gradient(table_VD, tokens_BT, dx_BTD, *, stored: manual.Axes, length_
     dtable_VD = manual.zeros(table_VD.shape, jnp.float32, table_VD, dx_BTD)
     tokens = rows_N.reshape(pieces, -1), here_N.reshape(pieces, -1), dx_DPN.swapaxes(0, 1)
     dtable_VD, _ = jax.lax.scan(add, dtable_VD, tokens)
-    dtable_VD = manual.total(dtable_VD, tuple(axis for axis in mesh_axes("batch") if axis not in stored))
+    dtable_VD = manual.total(dtable_VD, tuple(axis for axis in token_axes() if axis not in stored))
     return dtable_VD.astype(table_VD.dtype)
 
 

@@ -106,35 +106,41 @@ def _project_backward(spec, gathered, saved, dy):
     dy = jax.sharding.reshard(dy, PartitionSpec(*x_spec[:2], *gathered[n_in:]))
     contracted = tuple(range(2, dy.ndim)), tuple(range(n_in, weight.ndim))
     dx = jax.lax.dot_general(dy, weight, (contracted, ((), ())), out_sharding=PartitionSpec(*x_spec))
-    x_rows, dy_rows = (a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]) for a in (x, dy))
-    return dx, _weight_gradient(x_rows, dy_rows, gathered, stored.spec)
+    return dx, _weight_gradient(x, dy, gathered, stored.spec)
 
 
 _project.defvjp(_project_forward, _project_backward)
 
 
 def _weight_gradient(x: jax.Array, dy: jax.Array, gathered: PartitionSpec, stored: PartitionSpec) -> jax.Array:
-    """`x [N, *in]` and `dy [N, *out]` contracted over rows: `[*in, *out]`, summed over the batch's devices, as stored.
+    """`x [B, T, *in]` and `dy [B, T, *out]` contracted over tokens: `[*in, *out]`, summed over all devices, as stored.
 
-    Where some mesh axes only copy the weight and others shard it, the sum is scattered over the second and the shards
-    alone are added over the first, by hand: XLA sums the whole gradient over all devices there and cuts it afterwards.
+    Where positions are spread over devices, or some mesh axes only copy the weight and others shard it, the sum is
+    scattered over those that shard it and the shards alone are added over the others, by hand: XLA sums the whole
+    gradient over all devices there and cuts it afterwards.
     """
-    batch = tuple(axis for axis in axes.mesh_axes("batch") if manual.count((axis,)) > 1)
-    shards = tuple(tuple(axis for axis in axes.names_in(entry) if axis in batch) for entry in stored)
+    tokens = tuple(axis for axis in axes.token_axes() if manual.count((axis,)) > 1)
+    shards = tuple(tuple(axis for axis in axes.names_in(entry) if axis in tokens) for entry in stored)
     scattered = {axis for entry in shards for axis in entry}
-    copied = tuple(axis for axis in batch if axis not in scattered)
-    if not (scattered and copied):
+    copied = tuple(axis for axis in tokens if axis not in scattered)
+    if not (scattered and copied) and manual.count(axes.mesh_axes("length")) == 1:
+        x, dy = _rows(x), _rows(dy)
         dw = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())), out_sharding=gathered)
         return jax.sharding.reshard(dw, stored)
 
     def local(x: jax.Array, dy: jax.Array) -> jax.Array:
-        dw = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
+        dw = jax.lax.dot_general(_rows(x), _rows(dy), (((0,), (0,)), ((), ())))
         for dimension, entry in enumerate(shards):
             dw = manual.scattered_total(dw, entry, dimension)
         return manual.total(dw, copied)
 
     in_specs = jax.typeof(x).sharding.spec, jax.typeof(dy).sharding.spec
     return manual.on_each_device(local, in_specs, stored)(x, dy)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """`[B, T, ...]` as `[B T, ...]`."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 class Norm(nnx.Module):

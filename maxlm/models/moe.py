@@ -25,7 +25,7 @@ from maxlm.models.layers import Initializer, project, use
 from maxlm.models.mlp import ACTIVATIONS, MLP, gated
 from maxlm.models.moe_config import MoEConfig
 from maxlm.models.routing import Routing, choose_experts, choose_tokens, load_of, routing_of, within_capacity
-from maxlm.parallel.axes import activation_spec, constrain, mesh_axes, names_in
+from maxlm.parallel.axes import activation_spec, constrain, mesh_axes, names_in, sequence_axes, token_axes
 
 
 def moe_config(config: ModelConfig) -> MoEConfig:
@@ -81,13 +81,13 @@ class Experts(nnx.Module):
         self.activation, self.gated, self.biased, self.dtype = config.mlp, config.gated, moe.expert_bias, dtype
         e, d, f = moe.n_experts, config.d_model, moe.d_ff
         out_std = config.residual_init_std
-        self.up = init.normal("up", (e, d, f), ("experts", "embed", "mlp"), config.hidden_init_std)
-        self.down = init.normal("down", (e, f, d), ("experts", "mlp", "embed"), out_std)
+        self.up = init.normal("up", (e, d, f), ("experts", "expert_embed", "mlp"), config.hidden_init_std)
+        self.down = init.normal("down", (e, f, d), ("experts", "mlp", "expert_embed"), out_std)
         if self.gated:
-            self.gate = init.normal("gate", (e, d, f), ("experts", "embed", "mlp"), config.hidden_init_std)
+            self.gate = init.normal("gate", (e, d, f), ("experts", "expert_embed", "mlp"), config.hidden_init_std)
         if self.biased:
             self.up_bias = init.full((e, f), ("experts", "mlp"), 0.0)
-            self.down_bias = init.full((e, d), ("experts", "embed"), 0.0)
+            self.down_bias = init.full((e, d), ("experts", "expert_embed"), 0.0)
             if self.gated:
                 self.gate_bias = init.full((e, f), ("experts", "mlp"), 0.0)
 
@@ -100,7 +100,7 @@ class Experts(nnx.Module):
         specs = {name: jax.typeof(weight).sharding.spec for name, weight in stored.items()}
         choices = activation_spec("batch", "length" if by_token else None, None)
         out = activation_spec(*context.residual)
-        local = partial(self._local, by_token=by_token, specs=specs, length_axes=mesh_axes(context.residual[1]))
+        local = partial(self._local, by_token=by_token, specs=specs, length_axes=sequence_axes(context.residual[1]))
         run = manual.on_each_device(local, (activation_spec("batch", "length", "embed"), choices, choices, specs), out)
         return run(x_BTD, index, weights, stored)
 
@@ -156,10 +156,10 @@ class Experts(nnx.Module):
 def _gathered(weight: jax.Array, spec: jax.sharding.PartitionSpec) -> jax.Array:
     """Inside: a weight with the pieces that FSDP stores; its gradient is scattered first and then added up over the
     devices that have the same piece."""
-    batch = mesh_axes("batch")
-    weight = manual.varying(weight, batch)
+    tokens = token_axes()
+    weight = manual.varying(weight, tokens)
     for dimension, entry in enumerate(spec):
-        weight = manual.gathered(weight, tuple(axis for axis in names_in(entry) if axis in batch), dimension)
+        weight = manual.gathered(weight, tuple(axis for axis in names_in(entry) if axis in tokens), dimension)
     return weight
 
 

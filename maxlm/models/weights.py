@@ -14,7 +14,7 @@ from maxlm.models.config import ModelConfig
 from maxlm.models.latent_config import LatentConfig
 from maxlm.models.moe_config import MoEConfig
 from maxlm.models.stacks import LayerKind, segments
-from maxlm.parallel.axes_table import STORAGE_AXES, WEIGHTS
+from maxlm.parallel.axes_table import DATA, STORAGE_NAMES, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,16 @@ class Weight:
         return self.at_rest(sizes, shard_over_data=shard_over_data) < self.gathered(sizes) * self.layers
 
     def _shards(self, sizes: Mapping[str, int], *, stored: bool, shard_over_data: bool = False) -> int:
-        axes = [axis for name in self.logical for axis in WEIGHTS[name]]
-        if not stored:
-            axes = [axis for axis in axes if axis not in STORAGE_AXES]
-        elif shard_over_data and STORAGE_AXES[1] in axes:
-            axes.append(STORAGE_AXES[0])
+        axes = [axis for name in self.logical if name not in STORAGE_NAMES for axis in WEIGHTS[name]]
+        if stored:
+            axes += self.storage_axes(shard_over_data=shard_over_data)
         return math.prod(sizes.get(axis, 1) for axis in axes)
+
+    def storage_axes(self, *, shard_over_data: bool) -> tuple[str, ...]:
+        """The mesh axes that it is gathered over where it is used."""
+        stored = [name for name in self.logical if name in STORAGE_NAMES]
+        axes = tuple(axis for name in stored for axis in WEIGHTS[name])
+        return (*DATA, *axes) if stored and shard_over_data else axes
 
 
 def weights_of(c: ModelConfig) -> tuple[Weight, ...]:
@@ -211,11 +215,11 @@ def _moe(c: ModelConfig, moe: MoEConfig, d: int) -> Iterator[Weight]:
         yield Weight("norm", (e,), ("router",), product=False, float32=True)
     inner = ("up", "gate") if c.gated else ("up",)
     for _ in inner:
-        yield Weight("mlp", (e, d, f), ("experts", "embed", "mlp"), used=used)
-    yield Weight("mlp", (e, f, d), ("experts", "mlp", "embed"), used=used)
+        yield Weight("mlp", (e, d, f), ("experts", "expert_embed", "mlp"), used=used)
+    yield Weight("mlp", (e, f, d), ("experts", "mlp", "expert_embed"), used=used)
     if moe.expert_bias:
         for _ in inner:
             yield Weight("mlp", (e, f), ("experts", "mlp"), product=False, used=used)
-        yield Weight("mlp", (e, d), ("experts", "embed"), product=False, used=used)
+        yield Weight("mlp", (e, d), ("experts", "expert_embed"), product=False, used=used)
     if moe.n_shared_experts:
         yield from _mlp(c, d, moe.shared_width)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import PartitionSpec, reshard
 
-from maxlm.parallel.axes_table import ACTIVATIONS, STORAGE_AXES, WEIGHTS
+from maxlm.parallel.axes_table import ACTIVATIONS, DATA, SEQUENCE, STORAGE_NAMES, TOKENS, WEIGHTS
 
 LogicalAxes = Sequence[str | None]
 
@@ -21,6 +21,16 @@ LogicalAxes = Sequence[str | None]
 def mesh_axes(name: str) -> tuple[str, ...]:
     """The mesh axes over which an activation's logical axis is sharded."""
     return ACTIVATIONS[name]
+
+
+def token_axes() -> tuple[str, ...]:
+    """The mesh axes that each have other tokens: those of the batch and of the length."""
+    return TOKENS
+
+
+def sequence_axes(length: str = "residual_length") -> tuple[str, ...]:
+    """The mesh axes over which positions are gathered from that logical axis to `length`, and scattered back."""
+    return SEQUENCE if length == "residual_length" else ()
 
 
 def activation_spec(*logical: str | None) -> PartitionSpec:
@@ -33,20 +43,16 @@ def weight_spec(logical: LogicalAxes, *, shard_over_data: bool = False) -> Parti
     entries = []
     for name in logical:
         axes = WEIGHTS[name] if name else ()
-        if shard_over_data and "fsdp" in axes:
-            axes = ("data", *axes)
+        if shard_over_data and name in STORAGE_NAMES:
+            axes = (*DATA, *axes)
         entries.append(_entry(axes))
     return PartitionSpec(*entries)
 
 
 def gathered_spec(logical: LogicalAxes) -> PartitionSpec:
     """The sharding of a weight where it is used: without the axes that only store it."""
-    return PartitionSpec(
-        *(
-            _entry(tuple(axis for axis in WEIGHTS[name] if axis not in STORAGE_AXES)) if name else None
-            for name in logical
-        )
-    )
+    used = (name if name not in STORAGE_NAMES else None for name in logical)
+    return PartitionSpec(*(_entry(WEIGHTS[name]) if name else None for name in used))
 
 
 def gather(weight: jax.Array, logical: LogicalAxes) -> jax.Array:

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+# Axes that shard a weight only while it rests; `gather` takes them away where the weight is used.
+STORED = ("pipeline", "fsdp", "expert", "context")
+# That does so besides under `mesh.zero`.
+DATA = ("data",)
+
 WEIGHTS: dict[str, tuple[str, ...]] = {
     "layers": (),
-    "embed": ("fsdp",),
+    "embed": STORED,
     "mlp": ("tensor",),
-    "experts": (),
+    "experts": ("expert",),
+    # Of experts' weights, which the axis of experts shards by expert.
+    "expert_embed": tuple(axis for axis in STORED if axis != "expert"),
     "router": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     # A latent's width: as what a product makes, whole on every device; as what a product contracts, stored in pieces.
     "latent": (),
-    "rank": ("fsdp",),
+    "rank": STORED,
     "vocab": ("tensor",),
     "positions": (),
     "classes": (),
     "norm": (),
 }
 
-# Mesh axes that shard a weight only while it rests; `gather` takes them away where the weight is used.
-STORAGE_AXES = ("data", "fsdp")
+STORAGE_NAMES = ("embed", "expert_embed", "rank")
+"""Logical axes of weights that are whole where the weight is used."""
 
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "length": (),
+    "batch": (*DATA, "fsdp", "expert"),
+    "length": ("context",),
     # Between the blocks of a layer each tensor-parallel device keeps its share of the positions (Megatron's
     # sequence parallelism, arXiv:2205.05198, section 4.2.2).
-    "residual_length": ("tensor",),
+    "residual_length": ("context", "tensor"),
     "embed": (),
     "mlp": ("tensor",),
     "heads": ("tensor",),
@@ -37,3 +44,8 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "latent": (),
     "vocab": ("tensor",),
 }
+
+TOKENS = ACTIVATIONS["batch"] + ACTIVATIONS["length"]
+"""The mesh axes that each have other tokens."""
+SEQUENCE = tuple(axis for axis in ACTIVATIONS["residual_length"] if axis not in ACTIVATIONS["length"])
+"""Those that share the residual stream's positions, and not those of attention and feed-forward blocks."""

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from maxlm.errors import ConfigError
+from maxlm.parallel.axes_table import ACTIVATIONS, DATA, STORED
 
 if TYPE_CHECKING:
     from maxlm.config import RunConfig
@@ -82,9 +84,12 @@ def check(config: RunConfig) -> None:
 
 def check_mesh(config: RunConfig, sizes: dict[str, int]) -> None:
     """Raises ConfigError for every size of the model or the batch that the mesh does not divide, naming both keys."""
-    model, tensor, data, fsdp = config.model, sizes["tensor"], sizes["data"], sizes["fsdp"]
-    storage = fsdp * (data if config.mesh.zero else 1)
-    storage_keys = "mesh.data x mesh.fsdp (mesh.zero > 0)" if config.mesh.zero else "mesh.fsdp"
+    model, tensor = config.model, sizes["tensor"]
+    stored = (*DATA, *STORED) if config.mesh.zero else STORED
+    storage, storage_keys = _product(sizes, stored)
+    storage_keys += " (mesh.zero > 0)" if config.mesh.zero and sizes.get("data", 1) > 1 else ""
+    shards, shard_keys = _product(sizes, ACTIVATIONS["batch"])
+    pieces, piece_keys = _product(sizes, ACTIVATIONS["residual_length"])
     rows = config.train.global_batch_tokens // config.train.seq_len
     needs = (
         ("model.d_model", model.d_model, storage_keys, storage),
@@ -93,12 +98,12 @@ def check_mesh(config: RunConfig, sizes: dict[str, int]) -> None:
         ("model.d_ff", model.d_ff, "mesh.tensor", tensor),
         ("model.moe.d_ff", model.moe.d_ff if model.moe is not None else tensor, "mesh.tensor", tensor),
         ("the padded vocabulary of model.vocab_size", model.padded_vocab_size, "mesh.tensor", tensor),
-        ("train.seq_len", config.train.seq_len, "mesh.tensor", tensor),
+        ("train.seq_len", config.train.seq_len, piece_keys, pieces),
         (
             "the rows of a microbatch (train.global_batch_tokens / train.seq_len / train.accumulation)",
             rows // config.train.accumulation,
-            "mesh.data x mesh.fsdp",
-            data * fsdp,
+            shard_keys,
+            shards,
         ),
     )
     if model.latent is not None:
@@ -111,6 +116,12 @@ def check_mesh(config: RunConfig, sizes: dict[str, int]) -> None:
     ]
     if problems:
         raise ConfigError("the mesh does not divide the model or the batch:\n" + "\n".join(problems))
+
+
+def _product(sizes: dict[str, int], axes: tuple[str, ...]) -> tuple[int, str]:
+    """The devices along some mesh axes, and the keys of those that have more than one."""
+    named = [axis for axis in axes if sizes.get(axis, 1) > 1]
+    return math.prod(sizes[axis] for axis in named), " x ".join(f"mesh.{axis}" for axis in named)
 
 
 def table() -> list[dict[str, str]]:

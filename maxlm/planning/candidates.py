@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from maxlm.errors import ConfigError, MaxlmError
 from maxlm.models.config import RematConfig
 from maxlm.parallel import support
-from maxlm.parallel.axes_table import STORAGE_AXES
 from maxlm.parallel.mesh import AXES, MeshConfig, resolve_sizes
 from maxlm.planning.layout import network_of
 from maxlm.planning.memory_model import predicted_memory
@@ -86,7 +85,7 @@ class Candidate:
     @property
     def kind(self) -> tuple[Any, ...]:
         """All but how many of the batch's devices share out weights too: `data` against `fsdp`."""
-        others = tuple(self.sizes[axis] for axis in AXES if axis not in STORAGE_AXES)
+        others = tuple(self.sizes[axis] for axis in AXES if axis not in AXES[1:3])
         return (*others, self.config.model.remat, self.config.train.accumulation)
 
     @property

@@ -56,13 +56,11 @@ def tensor_gathers(census: Census, config: RunConfig, sizes: Mapping[str, int]) 
     nothing that is larger; in the backward pass the same of its gradient and, for the weights' gradients, of the
     saved input again: four.
     """
-    from maxlm.parallel.axes import ACTIVATIONS
+    from maxlm.parallel.axes_table import ACTIVATIONS, TOKENS
 
-    axes = {
-        axis for name in ("mlp", "heads", "residual_length") for axis in ACTIVATIONS[name] if sizes.get(axis, 1) > 1
-    }
+    axes = {axis for name in ("mlp", "heads") for axis in ACTIVATIONS[name] if sizes.get(axis, 1) > 1}
     rows = config.train.global_batch_tokens // config.train.seq_len // max(config.train.accumulation, 1)
-    shards = math.prod(sizes.get(axis, 1) for axis in ACTIVATIONS["batch"])
+    shards = math.prod(sizes.get(axis, 1) for axis in TOKENS)
     residual = max(1, rows // shards) * config.train.seq_len * config.model.d_model
     layers = config.model.n_layers * max(config.train.accumulation, 1)
     found = []

@@ -70,10 +70,10 @@ class Shapes:
             return math.prod(sizes.get(axis, 1) for axis in ACTIVATIONS[name])
 
         model, train = config.model, config.train
-        tokens = train.global_batch_tokens // train.accumulation // shards("batch")
+        tokens = train.global_batch_tokens // train.accumulation // shards("batch") // shards("length")
         return cls(
             tokens=tokens,
-            residual_tokens=tokens // shards("residual_length"),
+            residual_tokens=tokens * shards("length") // shards("residual_length"),
             heads=model.n_heads / shards("heads"),
             kv_heads=model.kv_heads / shards("kv_heads"),
             d_ff=sum(dense_width(model, kind) for kind in model.layer_kinds) / model.n_layers / shards("mlp"),

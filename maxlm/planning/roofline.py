@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from maxlm.models.config import ModelConfig
 from maxlm.models.flops import distance_flops, forward_flops
 from maxlm.models.weights import Weight, weights_of
-from maxlm.parallel.axes_table import ACTIVATIONS, STORAGE_AXES
+from maxlm.parallel.axes_table import DATA, SEQUENCE, STORED, TOKENS
 from maxlm.planning.layout import Cost, collective_cost, network_of
 from maxlm.planning.memory_model import BYTES, Shapes, chunk_tokens, predicted_memory
 from maxlm.planning.recomputation import Again, again
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from maxlm.config import RunConfig
 
 # The mesh axes over which the residual stream's positions are gathered before the products and scattered after them.
-LENGTH = ACTIVATIONS["residual_length"]
 
 # Attention's backward makes the scores again, five products for the forward's two (FlashAttention, arXiv:2205.14135,
 # algorithm 4); model FLOPs count four. With products of queries and distances too, eight for the forward's three.
@@ -147,12 +146,12 @@ class _Step:
     @property
     def storage(self) -> tuple[str, ...]:
         """The mesh axes that weights are gathered over."""
-        return STORAGE_AXES if self.config.mesh.zero == 3 else STORAGE_AXES[1:]
+        return (*DATA, *STORED) if self.config.mesh.zero == 3 else STORED
 
     @property
     def replicas(self) -> tuple[str, ...]:
         """The mesh axes that share the batch and not the weights."""
-        return tuple(axis for axis in ACTIVATIONS["batch"] if axis not in self.storage)
+        return tuple(axis for axis in TOKENS if axis not in self.storage)
 
     def part(self, name: str, *, flops: float = 0.0, hbm: float = 0.0, cost: Cost | None = None) -> Part:
         """A part from what a device does of it in a step."""
@@ -192,7 +191,7 @@ class _Step:
         rows = self.shapes.tokens * model.d_model * self.width
         table = next(weight for weight in weights_of(model) if weight.part == "embedding")
         gradient = 4 * table.at_rest(self.sizes, shard_over_data=self.config.mesh.zero == 3)
-        travel = self.cost("all-to-all", rows, *self.storage) + self.cost("reduce-scatter", rows, *LENGTH)
+        travel = self.cost("all-to-all", rows, *self.storage) + self.cost("reduce-scatter", rows, *SEQUENCE)
         cost = travel + travel + self.cost("all-reduce", gradient, *self.replicas)
         # Lookup: rows read and written. Gradient: rows in float32 read and written, the table's written twice.
         return self.part("embedding", hbm=n * (2 * rows + 2 * rows * 4 / self.width + 2 * gradient), cost=cost * n)
@@ -238,7 +237,7 @@ class _Step:
         share = stored / sum(weight.size for weight in weights)
         made = self.shapes.distances * self.shapes.heads * model.head_width * 4
         cost = self.cost("all-reduce", made, *self.storage) * (times - 1)
-        cost += self.cost("all-reduce", made, *ACTIVATIONS["batch"])
+        cost += self.cost("all-reduce", made, *TOKENS)
         flops = times * share * distance_flops(model, self.config.train.seq_len)
         hbm = times * (stored * self.width + layers * made)
         return [self.part("distance projections", flops=n * flops, hbm=n * hbm, cost=cost * (n * layers))]
@@ -253,8 +252,8 @@ class _Step:
             gather = self.cost("all-gather", weight.gathered(self.sizes) * self.width, *self.storage)
             cost += gather * (2 * weight.layers)
         gathers = 2 + (1 if repeated.gathers else 0)
-        positions = self.cost("all-gather", residual, *LENGTH) * gathers
-        positions += self.cost("reduce-scatter", residual, *LENGTH) * 2
+        positions = self.cost("all-gather", residual, *SEQUENCE) * gathers
+        positions += self.cost("reduce-scatter", residual, *SEQUENCE) * 2
         return cost + positions * self.config.model.total_layers
 
     def _gathered(self, part: str) -> list[Weight]:
@@ -280,7 +279,7 @@ class _Step:
         # Each chunk reads the head twice and adds to its float32 gradient.
         hbm = shapes.tokens * shapes.vocab * LOGIT_BYTES + chunks * head * (2 * self.width + 2 * 4) + 4 * residual
         cost = self.cost("all-gather", head * self.width, *self.storage)
-        cost += self.cost("all-gather", residual, *LENGTH) + self.cost("reduce-scatter", residual, *LENGTH)
+        cost += self.cost("all-gather", residual, *SEQUENCE) + self.cost("reduce-scatter", residual, *SEQUENCE)
         return self.part("head and loss", flops=3 * self.forward_flops()[3], hbm=n * hbm, cost=cost * n)
 
     def optimizer(self) -> Part:
@@ -309,7 +308,7 @@ class _Step:
             if weight.part == "distances":
                 continue  # of products that are summed before
             whole = weight.gathered(self.sizes) * self.width
-            everywhere = self.cost("all-reduce", whole, *ACTIVATIONS["batch"])
+            everywhere = self.cost("all-reduce", whole, *TOKENS)
             here = everywhere
             if weight.is_gathered(self.sizes, shard_over_data=zero3):
                 piece = weight.at_rest(self.sizes, shard_over_data=zero3) // weight.layers * self.width
