@@ -60,10 +60,15 @@ class Weight:
         return self.at_rest(sizes, shard_over_data=shard_over_data) < self.gathered(sizes) * self.layers
 
     def _shards(self, sizes: Mapping[str, int], *, stored: bool, shard_over_data: bool = False) -> int:
-        axes = [axis for name in self.logical if name not in STORAGE_NAMES for axis in WEIGHTS[name]]
+        axes = self.axes_in_use
         if stored:
             axes += self.storage_axes(shard_over_data=shard_over_data)
         return math.prod(sizes.get(axis, 1) for axis in axes)
+
+    @property
+    def axes_in_use(self) -> tuple[str, ...]:
+        """The mesh axes that shard it where it is used: tensor's, and of experts' weights the experts'."""
+        return tuple(axis for name in self.logical if name not in STORAGE_NAMES for axis in WEIGHTS[name])
 
     def storage_axes(self, *, shard_over_data: bool) -> tuple[str, ...]:
         """The mesh axes that it is gathered over where it is used."""

@@ -25,8 +25,6 @@ from maxlm.planning.topology import Topology
 if TYPE_CHECKING:
     from maxlm.config import RunConfig
 
-# The mesh axes over which the residual stream's positions are gathered before the products and scattered after them.
-
 # Attention's backward makes the scores again, five products for the forward's two (FlashAttention, arXiv:2205.14135,
 # algorithm 4); model FLOPs count four. With products of queries and distances too, eight for the forward's three.
 ATTENTION_BACKWARD, RELATIVE_ATTENTION_BACKWARD = 5 / 2, 8 / 3
@@ -249,7 +247,8 @@ class _Step:
             return Cost()
         cost = Cost()
         for weight in self._gathered("attention" if name == "attention projections" else "mlp"):
-            gather = self.cost("all-gather", weight.gathered(self.sizes) * self.width, *self.storage)
+            axes = weight.storage_axes(shard_over_data=self.config.mesh.zero == 3)
+            gather = self.cost("all-gather", weight.gathered(self.sizes) * self.width, *axes)
             cost += gather * (2 * weight.layers)
         gathers = 2 + (1 if repeated.gathers else 0)
         positions = self.cost("all-gather", residual, *SEQUENCE) * gathers
@@ -308,12 +307,14 @@ class _Step:
             if weight.part == "distances":
                 continue  # of products that are summed before
             whole = weight.gathered(self.sizes) * self.width
-            everywhere = self.cost("all-reduce", whole, *TOKENS)
+            summed = tuple(axis for axis in TOKENS if axis not in weight.axes_in_use)
+            everywhere = self.cost("all-reduce", whole, *summed)
             here = everywhere
             if weight.is_gathered(self.sizes, shard_over_data=zero3):
                 piece = weight.at_rest(self.sizes, shard_over_data=zero3) // weight.layers * self.width
-                here = self.cost("reduce-scatter", whole, *self.storage)
-                here += self.cost("all-reduce", piece, *self.replicas)
+                storage = weight.storage_axes(shard_over_data=zero3)
+                here = self.cost("reduce-scatter", whole, *(axis for axis in storage if axis in summed))
+                here += self.cost("all-reduce", piece, *(axis for axis in summed if axis not in storage))
             scattered += here * weight.layers
             reduced += everywhere * weight.layers
         n = self.config.train.accumulation
