@@ -25,12 +25,13 @@ PRODUCTS = f"{QKV}, attention_out, mlp_gate, mlp_up, mlp_out"
 
 @dataclass(frozen=True)
 class Wanted:
-    """One plan: its file's name, a config, a topology, rows a device, and what else is set."""
+    """One plan: its file's name, a config, a topology, rows a device (below 1 of rows that several share), and what
+    else is set."""
 
     name: str
     config: str
     topology: str
-    rows: int
+    rows: float
     seq_len: int = 8192
     overrides: tuple[str, ...] = (FULL,)
     slices: int = 1
@@ -58,6 +59,21 @@ REFERENCE = [
     Wanted("llama3-70b_h100-128", "llama3-70b", "h100-128", 1),
     Wanted("llama3-405b_v5p-2048", "llama3-405b", "v5p-2048", 1),
     Wanted("llama3-405b_tpu7x-512", "llama3-405b", "tpu7x-512", 1),
+    # Pipeline, context and expert.
+    Wanted(
+        "llama3-405b_4xv5p-512",
+        "llama3-405b",
+        "v5p-512",
+        1,
+        overrides=(FULL, _mesh(pipeline=4, fsdp=64, tensor=4), "pipeline={schedule: 1f1b, microbatches: 16}"),
+        slices=4,
+    ),
+    Wanted("llama3-8b_128k_v5p-128", "llama3-8b", "v5p-128", 1 / 4, 2**17, (FULL, _mesh(fsdp=16, context=4))),
+    Wanted("llama3-8b_1m_v5p-512", "llama3-8b", "v5p-512", 1 / 32, 2**20, (FULL, _mesh(fsdp=8, context=32))),
+    Wanted("qwen3-30b-a3b_v5p-128", "qwen3-30b-a3b", "v5p-128", 4, 4096, (FULL, _mesh(fsdp=16, expert=4))),
+    Wanted("deepseek-v2-lite_v5p-128", "deepseek-v2-lite", "v5p-128", 4, 4096, (FULL, _mesh(fsdp=16, expert=4))),
+    Wanted("deepseek-v3_v5p-1024", "deepseek-v3", "v5p-1024", 2, 4096, (FULL, _mesh(fsdp=64, expert=8))),
+    Wanted("deepseek-v3_tpu7x-512", "deepseek-v3", "tpu7x-512", 2, 4096, (FULL, _mesh(fsdp=64, expert=8))),
 ]
 
 
@@ -86,6 +102,14 @@ AGAINST_MAXTEXT = [
         MINIMAL % PRODUCTS,
         _mesh(fsdp=16, tensor=4),
     ),
+    _against("mixtral-8x7b_v5p-128_fsdp_full", "mixtral-8x7b", "v5p-128", 4, 4096),
+    _against("mixtral-8x7b_v5p-128_fsdp16tp4_full", "mixtral-8x7b", "v5p-128", 4, 4096, FULL, _mesh(fsdp=16, tensor=4)),
+    _against("mixtral-8x7b_v5p-128_fsdp16ep4_full", "mixtral-8x7b", "v5p-128", 4, 4096, FULL, _mesh(fsdp=16, expert=4)),
+    _against(
+        "mixtral-8x7b_v5p-128_dense_cap1", "mixtral-8x7b", "v5p-128", 4, 4096, FULL, "model.moe.capacity_factor=1"
+    ),
+    _against("deepseek2-16b_v5p-128_fsdp_full", "deepseek-v2-lite", "v5p-128", 4, 4096),
+    _against("deepseek3-671b_v5p-1024_fsdp_full", "deepseek-v3", "v5p-1024", 2, 4096),
     _against("llama2-70b_v5p-128_pub", "llama2-70b", "v5p-128", 2, 4096, MINIMAL % f"{QKV}, attention_out, mlp_out"),
     _against(
         "llama3.1-8b_v6e-256_pub2",
@@ -112,7 +136,7 @@ def overrides_of(wanted: Wanted) -> list[str]:
     """The overrides of a plan, its batch from the rows a device."""
     from maxlm.planning.topology import parse_topology
 
-    tokens = parse_topology(wanted.topology, wanted.slices).n_devices * wanted.rows * wanted.seq_len
+    tokens = round(parse_topology(wanted.topology, wanted.slices).n_devices * wanted.rows) * wanted.seq_len
     return [f"train.seq_len={wanted.seq_len}", f"train.global_batch_tokens={tokens}", *wanted.overrides]
 
 
