@@ -74,10 +74,9 @@ def choose_tokens(logits_BTE: jax.Array, valid_BT: jax.Array, config: MoEConfig)
 def within_capacity(experts_BTA: jax.Array, config: MoEConfig) -> jax.Array:
     """The experts, but number E for choices beyond what the expert takes of a row: earlier tokens come first, and of
     one token the better choice."""
-    if config.capacity_factor is None:
+    n_experts, capacity = config.n_experts, config.capacity(experts_BTA.shape[1])
+    if capacity is None:
         return experts_BTA
-    length, n_experts = experts_BTA.shape[1], config.n_experts
-    capacity = max(1, int(-(-config.capacity_factor * length * config.experts_per_token // n_experts)))
 
     def row(experts_TA: jax.Array) -> jax.Array:
         flat = experts_TA.reshape(-1)
