@@ -67,7 +67,8 @@ def choose_tokens(logits_BTE: jax.Array, valid_BT: jax.Array, config: MoEConfig)
     length, n_experts = logits_BTE.shape[1:]
     capacity = min(-(-length * config.experts_per_token // n_experts), length)
     scores_BTE = jnp.where(valid_BT[..., None], _scores(logits_BTE, config), -1.0)
-    weights_BEC, tokens_BEC = jax.lax.top_k(jnp.swapaxes(scores_BTE, 1, 2), capacity)
+    scores_BET = manual.bring(jnp.swapaxes(scores_BTE, 1, 2), activation_spec("batch", None, None))
+    weights_BEC, tokens_BEC = jax.lax.top_k(scores_BET, capacity)
     return tokens_BEC.astype(jnp.int32), config.routed_scale * jnp.maximum(weights_BEC, 0.0)
 
 
