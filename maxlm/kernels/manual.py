@@ -103,6 +103,11 @@ def zeros(shape: tuple[int, ...], dtype: Any, *like: jax.Array) -> jax.Array:
     return jax.lax.full_like(jax.numpy.asarray(witness), 0, dtype=dtype, shape=shape)
 
 
+def axes_varied(x: jax.Array) -> Axes:
+    """Inside: the mesh axes over which an array varies."""
+    return tuple(sorted(jax.typeof(x).manual_axis_type.varying))
+
+
 def alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Inside: the arrays, each made to vary over the mesh axes that any of them varies over."""
     everywhere = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))

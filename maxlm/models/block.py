@@ -21,7 +21,7 @@ from maxlm.models.moe import MoE
 from maxlm.models.relative_attention import RelativeAttention, RelativeCache
 from maxlm.models.routing import Routing
 from maxlm.models.stacks import LayerKind, Segment, Stack
-from maxlm.parallel.axes import names_in, token_axes
+from maxlm.parallel.axes import expert_axes, names_in, token_axes
 
 Cache = LayerCache | RelativeCache | LatentCache
 """What decoding keeps of a layer."""
@@ -222,7 +222,7 @@ def remat_policy(remat: RematConfig) -> Callable[..., Any]:
             return False
         if primitive.name == "pvary":
             return False  # the same array
-        if primitive.name == "all_gather" and set(params["axis_name"]) <= set(token_axes()):
+        if primitive.name == "all_gather" and set(params["axis_name"]) <= set(token_axes()) - set(expert_axes()):
             return False  # of experts' weights
         if remat.policy == "dots" and primitive.name == "name" and params["name"] in EXPERT_PRODUCTS:
             return True  # they are not made by one plain dot

@@ -1,7 +1,8 @@
 """A mixture of experts in place of the feed-forward block: a router, experts, and shared experts beside them.
 
-Every device sorts its own tokens by expert, inside `shard_map`, and multiplies them with all experts' weights, which
-are gathered over `fsdp` as a dense block's are, and cut along their inner width by tensor parallelism.
+Every device sorts its own tokens by expert, inside `shard_map`, and multiplies them with the experts' weights, which
+are gathered over `fsdp` as a dense block's are, and cut along their inner width by tensor parallelism. Where experts
+are spread over devices, tokens travel to them and back (`kernels/exchange.py`).
 
 Shape letters besides those of `layers.py`: E experts, F width of one, A experts of a token, C tokens of an expert, R
 rows sorted by expert.
@@ -18,14 +19,24 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels import manual
 from maxlm.kernels.dispatch import collect, order_by_expert, spread, spread_choices
+from maxlm.kernels.exchange import GatheredTokens, PaddedExchange, RaggedExchange, in_rounds
 from maxlm.kernels.grouped_matmul import grouped_matmul
 from maxlm.models.attention import Context
 from maxlm.models.config import ModelConfig
 from maxlm.models.layers import Initializer, project, use
 from maxlm.models.mlp import ACTIVATIONS, MLP, gated
 from maxlm.models.moe_config import MoEConfig
+from maxlm.models.moe_exchange import chosen, most_rows, round_rows
 from maxlm.models.routing import Routing, choose_experts, choose_tokens, load_of, routing_of, within_capacity
-from maxlm.parallel.axes import activation_spec, constrain, mesh_axes, names_in, sequence_axes, token_axes
+from maxlm.parallel.axes import (
+    activation_spec,
+    constrain,
+    expert_axes,
+    mesh_axes,
+    names_in,
+    sequence_axes,
+    token_axes,
+)
 
 
 def moe_config(config: ModelConfig) -> MoEConfig:
@@ -78,6 +89,7 @@ class Experts(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, init: Initializer):
         moe = moe_config(config)
+        self.config = moe
         self.activation, self.gated, self.biased, self.dtype = config.mlp, config.gated, moe.expert_bias, dtype
         e, d, f = moe.n_experts, config.d_model, moe.d_ff
         out_std = config.residual_init_std
@@ -96,33 +108,81 @@ class Experts(nnx.Module):
 
         `index` and `weights` are `[B, T, A]` with each token's experts, or `[B, E, C]` with each expert's tokens.
         """
-        stored = {name: param[...].astype(self.dtype) for name, param in nnx.to_pure_dict(nnx.state(self)).items()}
+        params = nnx.to_pure_dict(nnx.state(self))
+        stored = {name: _over_known_axes(param[...].astype(self.dtype)) for name, param in params.items()}
         specs = {name: jax.typeof(weight).sharding.spec for name, weight in stored.items()}
         choices = activation_spec("batch", "length" if by_token else None, None)
         out = activation_spec(*context.residual)
-        local = partial(self._local, by_token=by_token, specs=specs, length_axes=sequence_axes(context.residual[1]))
+        capacity = self.config.capacity(x_BTD.shape[1]) if context.lengths_B is None else None
+        through = partial(self._by_token, capacity=capacity) if by_token else self._by_expert
+        local = partial(self._local, through=through, specs=specs, length_axes=sequence_axes(context.residual[1]))
         run = manual.on_each_device(local, (activation_spec("batch", "length", "embed"), choices, choices, specs), out)
         return run(x_BTD, index, weights, stored)
 
-    def _local(self, x_BTD, index, weights, stored, *, by_token, specs, length_axes):
+    def _local(self, x_BTD, index, weights, stored, *, through, specs, length_axes):
         weight_of = {name: _gathered(weight, specs[name]) for name, weight in stored.items()}
         # Here and not at the products, so that gradients are added up over tensor parallelism once a token.
-        x_ND = manual.varying(x_BTD.reshape(-1, x_BTD.shape[-1]), mesh_axes("mlp"))
-        if by_token:
-            order = order_by_expert(index.reshape(-1, index.shape[-1]), self.up.shape[-3])
-            share_R = spread_choices(weights.reshape(-1, weights.shape[-1]), order)
-            y_ND = collect(self._products(spread(x_ND, order), share_R, order.sizes_E, weight_of), order)
-        else:
-            n_rows, n_experts, capacity = index.shape
-            first_B11 = jnp.arange(n_rows, dtype=index.dtype)[:, None, None] * x_BTD.shape[1]
-            source_R, share_R = (jnp.swapaxes(a, 0, 1).reshape(-1) for a in (index + first_B11, weights))
-            sizes_E = jnp.full((n_experts,), n_rows * capacity, jnp.int32)
-            y_RD = self._products(x_ND[source_R], share_R, sizes_E, weight_of).astype(jnp.float32)
-            y_ND = manual.zeros(x_ND.shape, jnp.float32, y_RD).at[source_R].add(y_RD).astype(self.dtype)
-        y_BTD = y_ND.reshape(x_BTD.shape)
+        x_BTD = manual.varying(x_BTD, mesh_axes("mlp"))
+        y_BTD = through(x_BTD, index, weights, weight_of).reshape(x_BTD.shape)
         if length_axes:
             return manual.scattered_total(y_BTD, length_axes, 1)
         return manual.total(y_BTD, mesh_axes("mlp"))
+
+    def _by_token(self, x_BTD, experts_BTA, weights_BTA, weight_of, *, capacity) -> jax.Array:
+        """Each token through the experts that it chose: `[N, D]`, this device's part of sums over the inner width."""
+        axes, n_experts = expert_axes(), self.config.n_experts
+        x_ND, experts_NA, share_NA = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, experts_BTA, weights_BTA))
+        n_devices, (n_tokens, n_choices) = manual.count(axes), experts_NA.shape
+        if n_devices == 1:
+            order = order_by_expert(experts_NA, n_experts)
+            y_RD = self._products(spread(x_ND, order), spread_choices(share_NA, order), order.sizes_E, weight_of)
+            return collect(y_RD, order)
+        here, even, factor = n_experts // n_devices, n_tokens * n_choices, self.config.exchange_factor
+        most = most_rows(n_tokens, x_BTD.shape[0], here, n_choices, capacity)
+        ragged = manual.platform() == "tpu"
+        if chosen(self.config, n_devices, ragged=ragged) == "all_gather":
+            x_GD, experts_GA, share_GA = (manual.gathered(a, axes, 0) for a in (x_ND, experts_NA, share_NA))
+            order = order_by_expert(_own(experts_GA, here), here)
+            transport = GatheredTokens.of(order, round_rows(even, n_devices * most, factor), n_devices * most)
+            y_GD = in_rounds(self._products, x_GD, share_GA, weight_of, transport)
+            return manual.scattered_total(y_GD, axes, 0)
+        order = order_by_expert(experts_NA, n_experts)
+        if ragged:
+            rows = round_rows(even, n_devices * most, factor)
+            transport = RaggedExchange.of(order, n_devices, axes, rows, n_devices * most)
+        else:
+            transport = PaddedExchange.of(order, n_devices, axes, round_rows(even / n_devices, most, factor), most)
+        share_R = spread_choices(share_NA, order)
+        return collect(in_rounds(self._products, spread(x_ND, order), share_R, weight_of, transport), order)
+
+    def _by_expert(self, x_BTD, tokens_BEC, share_BEC, weight_of) -> jax.Array:
+        """Each expert on the tokens that it chose: as `_by_token`. Every expert has equally many: no row is padding."""
+        axes, n_devices = expert_axes(), manual.count(expert_axes())
+        if n_devices == 1 or chosen(self.config, n_devices, ragged=True) == "all_to_all":
+            return self._chosen_tokens(x_BTD, tokens_BEC, share_BEC, weight_of, axes if n_devices > 1 else ())
+        x_BTD, tokens_BEC, share_BEC = (manual.gathered(a, axes, 0) for a in (x_BTD, tokens_BEC, share_BEC))
+        here = self.config.n_experts // n_devices
+        own = partial(jax.lax.dynamic_slice_in_dim, start_index=manual.index(axes) * here, slice_size=here, axis=1)
+        y_GD = self._chosen_tokens(x_BTD, own(tokens_BEC), own(share_BEC), weight_of, ())
+        return manual.scattered_total(y_GD, axes, 0)
+
+    def _chosen_tokens(self, x_BTD, tokens_BEC, share_BEC, weight_of, axes: manual.Axes) -> jax.Array:
+        """Experts on tokens that are here; over `axes` their rows are sent to the devices that hold the experts."""
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        n_rows, n_experts = tokens_BEC.shape[:2]
+        first_B11 = jnp.arange(n_rows, dtype=tokens_BEC.dtype)[:, None, None] * x_BTD.shape[1]
+        source_R, share_R = (jnp.swapaxes(a, 0, 1).reshape(-1) for a in (tokens_BEC + first_B11, share_BEC))
+
+        def send(x_R: jax.Array) -> jax.Array:
+            return manual.exchanged(x_R.reshape(n_experts, -1, *x_R.shape[1:]), axes, split=0, join=1)
+
+        x_LMD, share_LM = send(x_ND[source_R]), send(share_R)
+        n_here, n_each = share_LM.shape
+        sizes_L = jnp.full((n_here,), n_each, jnp.int32)
+        y_RD = self._products(x_LMD.reshape(-1, x_LMD.shape[2]), share_LM.reshape(-1), sizes_L, weight_of)
+        y_ERD = manual.exchanged(y_RD.reshape(n_here, n_each, -1), axes, split=1, join=0)
+        y_RD = y_ERD.reshape(-1, y_ERD.shape[2]).astype(jnp.float32)
+        return manual.zeros(x_ND.shape, jnp.float32, y_RD).at[source_R].add(y_RD).astype(self.dtype)
 
     def _products(
         self, x_RD: jax.Array, share_R: jax.Array, sizes_E: jax.Array, weight_of: dict[str, jax.Array]
@@ -155,12 +215,25 @@ class Experts(nnx.Module):
 
 def _gathered(weight: jax.Array, spec: jax.sharding.PartitionSpec) -> jax.Array:
     """Inside: a weight with the pieces that FSDP stores; its gradient is scattered first and then added up over the
-    devices that have the same piece."""
-    tokens = token_axes()
-    weight = manual.varying(weight, tokens)
+    devices that have the same piece. Those of other experts have none of it."""
+    storage = tuple(axis for axis in token_axes() if axis not in expert_axes())
+    weight = manual.varying(weight, storage)
     for dimension, entry in enumerate(spec):
-        weight = manual.gathered(weight, tuple(axis for axis in names_in(entry) if axis in tokens), dimension)
+        weight = manual.gathered(weight, tuple(axis for axis in names_in(entry) if axis in storage), dimension)
     return weight
+
+
+def _over_known_axes(weight: jax.Array) -> jax.Array:
+    """A weight with the pieces that are stored by devices that have the same tokens, which no axis below gathers."""
+    known = (*token_axes(), *mesh_axes("mlp"))
+    entries = (tuple(a for a in manual.axes_of(weight, d) if a in known) or None for d in range(weight.ndim))
+    return manual.bring(weight, jax.sharding.PartitionSpec(*entries))
+
+
+def _own(experts: jax.Array, here: int) -> jax.Array:
+    """Inside: choices by the number of an expert among this device's, and number `here` for those of others."""
+    number = experts - manual.index(expert_axes()) * here
+    return jnp.where((number >= 0) & (number < here), number, here)
 
 
 class MoE(nnx.Module):

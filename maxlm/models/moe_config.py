@@ -61,6 +61,20 @@ class MoEConfig(Section):
         gt=0,
     )
 
+    dispatch: Literal["auto", "all_to_all", "all_gather"] = key(
+        "auto",
+        "with mesh.expert > 1, how tokens meet experts. all_to_all: each goes to its experts' devices and back; "
+        "all_gather: all tokens go to every device of the group, which sends back sums; auto: what moves fewer bytes, "
+        "all_to_all where a token's experts are fewer than mesh.expert",
+    )
+    exchange_factor: float = key(
+        1.5,
+        "with mesh.expert > 1, the rows that a device takes of the others at a time, over its even share of them. What "
+        "is beyond follows in further rounds, so that none is dropped: more needs more memory, less needs more rounds "
+        "where load is uneven. Under 1 there are always several, which bounds the memory",
+        gt=0,
+    )
+
     balance_loss: float = key(
         0.0,
         "weight of the load-balancing loss (Switch, arXiv:2101.03961, equation 4): n_experts times the sum over "
@@ -125,6 +139,12 @@ class MoEConfig(Section):
     def in_layer(self, layer: int) -> bool:
         """Whether a layer, counted from 0, has experts."""
         return layer >= self.first_layer and (layer - self.first_layer) % self.every == 0
+
+    def capacity(self, length: int) -> int | None:
+        """The most tokens that an expert takes of a row; None where it takes all."""
+        if self.capacity_factor is None:
+            return None
+        return max(1, int(-(-self.capacity_factor * length * self.experts_per_token // self.n_experts)))
 
     @property
     def shared_width(self) -> int:

@@ -67,17 +67,17 @@ def choose_tokens(logits_BTE: jax.Array, valid_BT: jax.Array, config: MoEConfig)
     length, n_experts = logits_BTE.shape[1:]
     capacity = min(-(-length * config.experts_per_token // n_experts), length)
     scores_BTE = jnp.where(valid_BT[..., None], _scores(logits_BTE, config), -1.0)
-    weights_BEC, tokens_BEC = jax.lax.top_k(jnp.swapaxes(scores_BTE, 1, 2), capacity)
+    scores_BET = manual.bring(jnp.swapaxes(scores_BTE, 1, 2), activation_spec("batch", None, None))
+    weights_BEC, tokens_BEC = jax.lax.top_k(scores_BET, capacity)
     return tokens_BEC.astype(jnp.int32), config.routed_scale * jnp.maximum(weights_BEC, 0.0)
 
 
 def within_capacity(experts_BTA: jax.Array, config: MoEConfig) -> jax.Array:
     """The experts, but number E for choices beyond what the expert takes of a row: earlier tokens come first, and of
     one token the better choice."""
-    if config.capacity_factor is None:
+    n_experts, capacity = config.n_experts, config.capacity(experts_BTA.shape[1])
+    if capacity is None:
         return experts_BTA
-    length, n_experts = experts_BTA.shape[1], config.n_experts
-    capacity = max(1, int(-(-config.capacity_factor * length * config.experts_per_token // n_experts)))
 
     def row(experts_TA: jax.Array) -> jax.Array:
         flat = experts_TA.reshape(-1)

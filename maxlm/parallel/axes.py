@@ -28,6 +28,11 @@ def token_axes() -> tuple[str, ...]:
     return TOKENS
 
 
+def expert_axes() -> tuple[str, ...]:
+    """The mesh axes over which experts are spread. For all else they have other tokens."""
+    return WEIGHTS["experts"]
+
+
 def sequence_axes(length: str = "residual_length") -> tuple[str, ...]:
     """The mesh axes over which positions are gathered from that logical axis to `length`, and scattered back."""
     return SEQUENCE if length == "residual_length" else ()

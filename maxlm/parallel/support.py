@@ -35,10 +35,10 @@ REFUSALS = (
         "set mesh.pipeline=1 and use mesh.fsdp or mesh.tensor",
     ),
     Refusal(
-        "mesh.expert > 1",
-        "experts are not yet spread over devices",
-        lambda config: config.mesh.expert != 1,
-        "set mesh.expert=1; mesh.fsdp and mesh.tensor shard experts' weights",
+        "mesh.expert > 1 without model.moe",
+        "there are no experts to spread over devices, and for all else this axis is one of mesh.fsdp",
+        lambda config: config.mesh.expert != 1 and config.model.moe is None,
+        "set mesh.expert=1 and use mesh.fsdp",
     ),
     Refusal(
         "model.moe.balance_loss over a batch with train.accumulation > 1",
@@ -96,6 +96,12 @@ def check_mesh(config: RunConfig, sizes: dict[str, int]) -> None:
         ("model.n_heads", model.n_heads, "mesh.tensor", tensor),
         ("model.n_kv_heads", model.kv_heads, "mesh.tensor", tensor),
         ("model.d_ff", model.d_ff, "mesh.tensor", tensor),
+        (
+            "model.moe.n_experts",
+            model.moe.n_experts if model.moe is not None else 0,
+            "mesh.expert",
+            sizes.get("expert", 1),
+        ),
         ("model.moe.d_ff", model.moe.d_ff if model.moe is not None else tensor, "mesh.tensor", tensor),
         ("the padded vocabulary of model.vocab_size", model.padded_vocab_size, "mesh.tensor", tensor),
         ("train.seq_len", config.train.seq_len, piece_keys, pieces),

@@ -16,6 +16,8 @@ from maxlm.planning.hlo import Computation, Instruction, Module
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _SAME = {"copy", "bitcast", "reshape", "convert", "copy-done", "copy-start", "broadcast", "optimization-barrier"}
 _MIRRORED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE", "EQ": "EQ"}
+# Loops that experts' tokens enter where load is uneven (`kernels/exchange.py`): a plan is of even load.
+_UNEVEN = "further_rounds/while"
 _DEPTH = 64  # of definitions followed; a chain of copies through nested loops is a dozen
 
 
@@ -38,7 +40,8 @@ def executions(module: Module) -> Iterator[Execution]:
     """Every instruction that is scheduled, with how often it runs.
 
     Insides of fusions are part of one kernel and are not visited, a loop's condition is not counted, a conditional
-    runs its branch of most cycles, and a loop whose trip count cannot be read (`trip_count` is None) runs once.
+    runs its branch of most cycles, and a loop whose trip count cannot be read (`trip_count` is None) runs once; what only
+    uneven load needs, never.
     """
     yield from _run(module, module.entry, 1, 0)
 
@@ -48,7 +51,7 @@ def _run(module: Module, computation: Computation, times: int, depth: int) -> It
         yield Execution(instruction, times, depth)
         if instruction.opcode == "while":
             body = module.computations[instruction.called_as("body") or ""]
-            yield from _run(module, body, times * (trip_count(module, instruction) or 1), depth + 1)
+            yield from _run(module, body, times * _runs_of(module, instruction), depth + 1)
         else:
             for name in followed(module, instruction):
                 yield from _run(module, module.computations[name], times, depth)
@@ -86,17 +89,24 @@ def cycles_of(module: Module, instruction: Instruction) -> int:
     """The cycles of one execution of an instruction, with everything that it runs."""
     if instruction.opcode == "while":
         body = module.computations[instruction.called_as("body") or ""]
-        return total_cycles(module, body) * (trip_count(module, instruction) or 1)
+        return total_cycles(module, body) * _runs_of(module, instruction)
     if names := followed(module, instruction):
         return sum(total_cycles(module, module.computations[name]) for name in names)
     return instruction.cycles or 0
+
+
+def _runs_of(module: Module, loop: Instruction) -> int:
+    """How often the body of a `while` is counted."""
+    trips = trip_count(module, loop)
+    return 1 if trips is None else trips
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
     """How often the body of a `while` runs; None where the text does not tell."""
     if loop not in module.trip_counts:
         known = _KNOWN.search(loop.attributes)
-        module.trip_counts[loop] = int(known[1]) if known else _trip_count(module, loop)
+        trips = int(known[1]) if known else _trip_count(module, loop)
+        module.trip_counts[loop] = 0 if trips is None and loop.op_name.endswith(_UNEVEN) else trips
     return module.trip_counts[loop]
 
 

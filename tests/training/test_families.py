@@ -49,14 +49,21 @@ MODELS = {
 WITHOUT_TENSOR = {"distilbert", "mt5"}
 
 
-# Weights that several devices share alike, too.
-WITH_DATA = {"qwen3_moe", "experts that choose"}
+# Experts spread over devices; and weights that several devices share alike, too.
+MESHES = {
+    "mixtral": {"fsdp": 4, "expert": 2},
+    "gpt_oss": {"fsdp": 2, "expert": 2, "tensor": 2},
+    "deepseek_v2": {"fsdp": 1, "expert": 4, "tensor": 2},
+    "experts with a capacity": {"data": 2, "fsdp": 1, "expert": 2, "tensor": 2},
+    "experts that choose": {"fsdp": 2, "expert": 4},
+    "qwen3_moe": {"data": 2, "fsdp": 2, "tensor": 2},
+}
 
 
 def mesh_of(name):
     if name in WITHOUT_TENSOR or MODELS[name].get("n_kv_heads") == 1:
         return {"fsdp": 8}
-    return {"data": 2, "fsdp": 2, "tensor": 2} if name in WITH_DATA else {"fsdp": 4, "tensor": 2}
+    return MESHES.get(name, {"fsdp": 4, "tensor": 2})
 
 
 def batch_of(run, turn):
