@@ -14,13 +14,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.kernels import attention_chunked, attention_tpu
 from maxlm.kernels.attention_bias import Bias
-from maxlm.kernels.attention_chunked import Chunking
 from maxlm.kernels.attention_extras import Extras
 from maxlm.kernels.attention_reference import attention_reference
 from maxlm.kernels.attention_relative import Relative
+from maxlm.kernels.attention_tiles import Chunking
 from maxlm.kernels.manual import bring, on_each_device, platform
 from maxlm.kernels.masks import Mask
-from maxlm.parallel.axes import activation_spec
+from maxlm.parallel.axes import activation_spec, token_axes
 
 IMPLEMENTATIONS = ("auto", "reference", "chunked", "pallas")
 
@@ -95,7 +95,7 @@ def attention(
         run = on_each_device(local, _specs(extras), activation_spec("batch", "length", "heads", None), checked=False)
         return run(q_BTHK, k_BSGK, v_BSGV, extras)
     tile = CPU_TILE if platform() == "cpu" else ACCELERATOR_TILE
-    how = Chunking(mask=mask, scale=factor, softcap=softcap, q_tile=tile, kv_tile=tile)
+    how = Chunking(mask=mask, scale=factor, softcap=softcap, q_tile=tile, kv_tile=tile, token_axes=token_axes())
     return _chunked(q_BTHK, k_BSGK, v_BSGV, extras, how)
 
 
