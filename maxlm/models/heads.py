@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maxlm.kernels import manual
 from maxlm.models.config import ModelConfig
 from maxlm.models.layers import Initializer, Norm, model_norm, project, use
-from maxlm.parallel.axes import constrain
+from maxlm.parallel.axes import activation_spec, constrain, mesh_axes
 
 
 class Head(nnx.Module):
@@ -55,7 +56,20 @@ class NextSentence(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """The two logits `[B, 2]`, float32, of the last layer's result: the parts follow each other, or do not."""
-        first_B1D = constrain(x_BTD, "batch", "length", "embed")[:, :1]
+        first_B1D = _first(constrain(x_BTD, "batch", "length", "embed"))
         pooled_B1D = jnp.tanh(project(first_B1D, self.pooler, self.dtype) + use(self.pooler_bias, self.dtype))
-        scores = project(constrain(pooled_B1D, "batch", "length", "embed"), self.kernel, self.dtype)
+        scores = project(constrain(pooled_B1D, "batch", None, "embed"), self.kernel, self.dtype)
         return (scores + use(self.bias, self.dtype))[:, 0].astype(jnp.float32)
+
+
+def _first(x_BTD: jax.Array) -> jax.Array:
+    """The first token of each row, `[B, 1, D]` on every device: in any order of rows it is the first device's first."""
+    shared = mesh_axes("length")
+    if manual.count(shared) == 1:
+        return x_BTD[:, :1]
+
+    def local(x_BTD: jax.Array) -> jax.Array:
+        return manual.total(jnp.where(manual.index(shared) == 0, x_BTD[:, :1], 0), shared)
+
+    spec = activation_spec("batch", "length", "embed")
+    return manual.on_each_device(local, (spec,), activation_spec("batch", None, "embed"))(x_BTD)
