@@ -67,7 +67,7 @@ def attention(
     `flash_lse`, for remat policies that save by name.
 
     Where the mesh shares rows by position, `context` says how a query meets all keys of its row. `ring`: keys travel,
-    rows lie in the order of `ring_attention.zigzag`, and the implementation is the chunked one. `all_to_all`: rows lie
+    rows lie in the order of `ring_plan.zigzag`, and the implementation is the chunked one. `all_to_all`: rows lie
     in their own order, and devices exchange positions for heads before and after (arXiv:2309.14509).
 
     Returns `[B, T, H, V]` in q's dtype, differentiable in q, k, v, sinks and the arrays of bias and relative.

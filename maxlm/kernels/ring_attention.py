@@ -2,10 +2,10 @@
 at a time, and every device brings its own queries' softmax forward by them, as `attention_chunked.py` does by tiles.
 
 Of 2 n chunks of a row, device i of n has those numbered i and 2 n - 1 - i, so that under a causal mask all have equally
-much to do in every step of the ring (Llama 3, arXiv:2407.21783, section 3.3.2). `zigzag` is that order. In step s a
-device has the keys of the one s places before it. What a mask empties is left out three times over: steps that no
-device needs are not taken, of a step only the half of the keys travels that some device needs, and each device visits
-only the tiles that its own positions leave.
+much to do in every step of the ring (Llama 3, arXiv:2407.21783, section 3.3.2). In step s a device has the keys of the
+one s places before it. What a mask empties is left out three times over: steps that no device needs are not taken, of a
+step only the half of the keys travels that some device needs, and each device visits only the tiles that its own
+positions leave.
 
 Forward passes keys and values on while it works on those of the step before. So does backward, where their gradients
 follow one step behind, in float32: what stays at home are queries, whose heads are as many or more (arXiv:2305.13245).
@@ -16,139 +16,51 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from maxlm.kernels import attention_tiles, manual
 from maxlm.kernels.attention_bias import Bias
 from maxlm.kernels.attention_extras import Extras
 from maxlm.kernels.attention_relative import Relative
 from maxlm.kernels.attention_tiles import Chunking, Given, Places, Shape
+from maxlm.kernels.ring_plan import PIECES, Plan, Ring, Step, Tiling
 from maxlm.parallel.axes import mesh_axes
-
-PIECES = 2
-
-
-def zigzag(length: int, devices: int) -> np.ndarray:
-    """int64[length]: the position of a row that lies at each place, when devices share rows in equal parts.
-
-    Raises ValueError where the length is not a multiple of twice the devices.
-    """
-    if length % (PIECES * devices):
-        raise ValueError(f"a row of {length} positions is not a multiple of 2 x {devices} devices")
-    chunks = np.arange(length).reshape(PIECES * devices, -1)
-    first = np.arange(devices)
-    return chunks[np.stack([first, PIECES * devices - 1 - first], axis=1).reshape(-1)].reshape(-1)
-
-
-class Step(NamedTuple):
-    """What a device has of the one `shift` places before it: keys' tiles `[first, stop)`; and how many of its tiles of
-    scores are full and how many are masked in part, where these are the same on all devices."""
-
-    shift: Any
-    first: int
-    stop: int
-    counts: tuple[int, int] | None
-
-
-class Plan(NamedTuple):
-    """The steps of a ring. `whole`: all of them, each passing on what the step before had; else each sends at once."""
-
-    steps: tuple[Step, ...]
-    whole: bool
 
 
 @dataclass(frozen=True)
-class Ring:
-    """What is static in one call: the devices' axes, the tiles of each, and what besides the mask hides keys."""
+class _Call:
+    """What is static in one call: the devices' axes, and the tiles of each."""
 
     axes: tuple[str, ...]
     shape: Shape
     how: Chunking
-    segments: bool
-    prefix: bool
+    ring: Ring
 
     @classmethod
-    def of(cls, q_BTHK: jax.Array, k_BSGK: jax.Array, extras: Extras, how: Chunking) -> Ring:
+    def of(cls, q_BTHK: jax.Array, k_BSGK: jax.Array, extras: Extras, how: Chunking) -> _Call:
         axes = tuple(axis for axis in mesh_axes("length") if manual.count((axis,)) > 1)
         shape = Shape.of(q_BTHK, k_BSGK, how, PIECES, manual.count(axes))
-        return cls(axes, shape, how, extras.segments_BT is not None, extras.prefix_BS is not None)
+        queries, keys = Tiling(shape.n_q, shape.tq, shape.T), Tiling(shape.n_kv, shape.tk, shape.S)
+        hidden = extras.segments_BT is not None, extras.prefix_BS is not None
+        return cls(axes, shape, how, Ring(shape.devices, queries, keys, how.mask, *hidden))
 
-    @property
-    def devices(self) -> int:
-        return self.shape.devices
-
-    def q_starts(self, device: Any) -> Any:
-        """Where a device's tiles of queries begin in their rows, `[n_q]`, or `[..., n_q]` of devices `[..., 1]`."""
-        return self._starts(device, self.shape.n_q, self.shape.tq, self.shape.T)
-
-    def kv_starts(self, device: Any) -> Any:
-        """The same of its tiles of keys."""
-        return self._starts(device, self.shape.n_kv, self.shape.tk, self.shape.S)
-
-    def _starts(self, device: Any, n: int, tile: int, length: int) -> Any:
-        piece, number = np.divmod(np.arange(n, dtype=np.int32), n // PIECES)
-        chunk = device + piece * (PIECES * self.devices - 1 - 2 * device)
-        return chunk * (length // PIECES) + number * tile
-
-    def extent(self, q_starts: Any, kv_starts: Any) -> tuple[Any, Any]:
-        """Which tiles `[..., n_q, n_kv]` are empty, and which are full; traced or not."""
-        q, kv = q_starts[..., :, None], kv_starts[..., None, :]
-        bounds = q, q + self.shape.tq, kv, kv + self.shape.tk
-        empty, full = self.how.mask.extent(*bounds)
-        if self.prefix:
-            # Any key may be of a prefix.
-            empty, _ = self.how.mask.both_ways.extent(*bounds)
-        if self.segments or self.shape.padded_keys:
-            full = full & False
-        return empty, full
-
-    def plan(self) -> Plan:
-        """The steps that some device needs."""
-        return _plan(self)
-
-    def tiles(self, device: jax.Array, step: Step) -> tuple[Places, jax.Array, jax.Array, Any, Any]:
+    def tiles(self, step: Step) -> tuple[Places, jax.Array, jax.Array, Any, Any]:
         """Where the tiles of a step lie; their rows and columns, full ones first; how many are full, and how many are
         masked in part."""
-        source = (device - step.shift) % self.devices
-        places = Places(self.q_starts(device), self.kv_starts(source)[step.first : step.stop])
-        empty, full = self.extent(*places)
+        ring, n, device = self.ring, self.ring.devices, manual.index(self.axes)
+        kv_starts = ring.keys.starts((device - step.shift) % n, n)[step.first : step.stop]
+        places = Places(ring.queries.starts(device, n), kv_starts)
+        empty, full = ring.extent(*places)
         kind = jnp.where(full, 0, jnp.where(empty, 2, 1)).reshape(-1)
-        rows, columns = jnp.divmod(jnp.argsort(kind, stable=True).astype(jnp.int32), places.kv.shape[0])
+        rows, columns = jnp.divmod(jnp.argsort(kind, stable=True).astype(jnp.int32), kv_starts.shape[0])
         if step.counts is not None:
             return places, rows, columns, *step.counts
         n_full, n_partial = (jnp.sum(kind == number, dtype=jnp.int32) for number in (0, 1))
         return places, rows, columns, n_full, n_partial
-
-
-@lru_cache(maxsize=256)
-def _plan(ring: Ring) -> Plan:
-    n, n_kv, devices = ring.devices, ring.shape.n_kv, np.arange(ring.devices, dtype=np.int64)[:, None]
-    halves = ((0, n_kv // 2), (n_kv // 2, n_kv))
-
-    def step(shift: int) -> Step | None:
-        empty, full = ring.extent(ring.q_starts(devices), ring.kv_starts((devices - shift) % n))
-        needed = [half for half in halves if not empty[..., slice(*half)].all()]
-        if not needed:
-            return None
-        first, stop = needed[0][0], needed[-1][1]
-        each = [(np.sum(x, axis=(1, 2)))[:, None] for x in (full, ~full & ~empty)]
-        counts = np.unique(np.concatenate(each, axis=1), axis=0)
-        return Step(shift, first, stop, (int(counts[0, 0]), int(counts[0, 1])) if len(counts) == 1 else None)
-
-    steps = [found for shift in range(n) if (found := step(shift)) is not None]
-    travel = sum(min(each.shift, n - each.shift) * (each.stop - each.first) for each in steps)
-    if travel < (n - 1) * n_kv:
-        return Plan(tuple(steps), whole=False)
-    # One program serves all steps but that of a device's own keys.
-    own = [each for each in steps if each.shift == 0]
-    counts = {each.counts for each in steps if each.shift}
-    common = counts.pop() if len(counts) == 1 and len(steps) == n else None
-    return Plan((Step(0, 0, n_kv, own[0].counts if own else (0, 0)), Step(1, 0, n_kv, common)), whole=True)
 
 
 class Keys(NamedTuple):
@@ -167,19 +79,19 @@ Visit = Callable[[Any, Keys, Step], tuple[Any, Any]]
 def forward(
     q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, extras: Extras, *, how: Chunking
 ) -> tuple[jax.Array, jax.Array]:
-    """Inside: what `attention_chunked.forward` gives, of rows that lie in the order of `zigzag`."""
-    ring = Ring.of(q_BTHK, k_BSGK, extras, how)
-    shape, device = ring.shape, manual.index(ring.axes)
+    """Inside: what `attention_chunked.forward` gives, of rows that lie in the order of `ring_plan.zigzag`."""
+    call = _Call.of(q_BTHK, k_BSGK, extras, how)
+    shape = call.shape
     q, given, keys = _tiled(q_BTHK, k_BSGK, v_BSGV, extras, shape)
 
     def visit(carry, keys: Keys, step: Step):
-        places, *tiles = ring.tiles(device, step)
+        places, *tiles = call.tiles(step)
         here = _with_keys(given, keys, places)
         body = attention_tiles.forward_body(q, keys.k, keys.v, here, shape, how)
         return _over_tiles(body, carry, *tiles), None
 
     carry = attention_tiles.forward_start(q_BTHK, v_BSGV.shape[-1], extras.sinks_H, shape)
-    carry, _ = _around(ring, visit, carry, keys)
+    carry, _ = _around(call, visit, carry, keys)
     return attention_tiles.forward_end(carry, q_BTHK.dtype, shape)
 
 
@@ -194,14 +106,14 @@ def backward(
     *,
     how: Chunking,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, Bias | None, Relative | None]:
-    """Inside: what `attention_chunked.backward` gives, of rows that lie in the order of `zigzag`."""
-    ring = Ring.of(q_BTHK, k_BSGK, extras, how)
-    shape, device = ring.shape, manual.index(ring.axes)
+    """Inside: what `attention_chunked.backward` gives, of rows that lie in the order of `ring_plan.zigzag`."""
+    call = _Call.of(q_BTHK, k_BSGK, extras, how)
+    shape = call.shape
     q, given, keys = _tiled(q_BTHK, k_BSGK, v_BSGV, extras, shape)
     queries = attention_tiles.Queries.of(q, o_BTHV, lse_BTH, do_BTHV, shape)
 
     def visit(carry, keys: Keys, step: Step):
-        places, *tiles = ring.tiles(device, step)
+        places, *tiles = call.tiles(step)
         here = _with_keys(given, keys, places)
         body = attention_tiles.backward_body(queries, keys.k, keys.v, here, shape, how)
         dq, dbias, dpositions = carry
@@ -210,7 +122,7 @@ def backward(
         return (dq, dbias, dpositions), (dk, dv)
 
     carry = attention_tiles.backward_start(q_BTHK, queries, given)
-    (dq, dbias, dpositions), (dk, dv) = _around(ring, visit, carry, keys)
+    (dq, dbias, dpositions), (dk, dv) = _around(call, visit, carry, keys)
     return (
         shape.untile_q(dq.swapaxes(-1, -2).astype(q_BTHK.dtype)),
         shape.untile_kv(dk.astype(k_BSGK.dtype)),
@@ -250,10 +162,10 @@ def _over_tiles(body: Callable, carry: Any, rows: jax.Array, columns: jax.Array,
     return carry
 
 
-def _around(ring: Ring, visit: Visit, carry: Any, keys: Keys) -> tuple[Any, Any]:
+def _around(call: _Call, visit: Visit, carry: Any, keys: Keys) -> tuple[Any, Any]:
     """Visits the keys of every step, those of the next step already on their way. Returns what was carried, and the sum
     of the gradients of this device's own keys and values."""
-    plan, pass_on = ring.plan(), partial(manual.passed_on, axes=ring.axes)
+    plan, devices, pass_on = call.ring.plan, call.ring.devices, partial(manual.passed_on, axes=call.axes)
     if not plan.whole:
         return _at_once(plan, visit, carry, keys, pass_on)
     own, other = plan.steps
@@ -267,11 +179,11 @@ def _around(ring: Ring, visit: Visit, carry: Any, keys: Keys) -> tuple[Any, Any]
         return (carry, ahead, _sum(behind, new)), None
 
     state = carry, ahead, found
-    if ring.devices > 2:
-        state, _ = jax.lax.scan(step, state, jnp.arange(1, ring.devices - 1, dtype=jnp.int32))
+    if devices > 2:
+        state, _ = jax.lax.scan(step, state, jnp.arange(1, devices - 1, dtype=jnp.int32))
     carry, keys, found = state
     behind = pass_on(found, by=1)
-    carry, new = visit(carry, keys, other._replace(shift=ring.devices - 1))
+    carry, new = visit(carry, keys, other._replace(shift=devices - 1))
     return carry, pass_on(_sum(behind, new), by=1)
 
 

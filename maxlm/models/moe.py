@@ -104,7 +104,8 @@ class Experts(nnx.Module):
 
         `index` and `weights` are `[B, T, A]` with each token's experts, or `[B, E, C]` with each expert's tokens.
         """
-        stored = {name: param[...].astype(self.dtype) for name, param in nnx.to_pure_dict(nnx.state(self)).items()}
+        params = nnx.to_pure_dict(nnx.state(self))
+        stored = {name: _over_known_axes(param[...].astype(self.dtype)) for name, param in params.items()}
         specs = {name: jax.typeof(weight).sharding.spec for name, weight in stored.items()}
         choices = activation_spec("batch", "length" if by_token else None, None)
         out = activation_spec(*context.residual)
@@ -169,6 +170,13 @@ def _gathered(weight: jax.Array, spec: jax.sharding.PartitionSpec) -> jax.Array:
     for dimension, entry in enumerate(spec):
         weight = manual.gathered(weight, tuple(axis for axis in names_in(entry) if axis in tokens), dimension)
     return weight
+
+
+def _over_known_axes(weight: jax.Array) -> jax.Array:
+    """A weight with the pieces that are stored by devices that have the same tokens, which no axis below gathers."""
+    known = (*token_axes(), *mesh_axes("mlp"))
+    entries = (tuple(a for a in manual.axes_of(weight, d) if a in known) or None for d in range(weight.ndim))
+    return manual.bring(weight, jax.sharding.PartitionSpec(*entries))
 
 
 class MoE(nnx.Module):

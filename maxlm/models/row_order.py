@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from maxlm.kernels import manual
-from maxlm.kernels.ring_attention import zigzag
+from maxlm.kernels.ring_plan import zigzag
 from maxlm.models.config import ModelConfig
 from maxlm.parallel.axes import activation_spec, constrain, mesh_axes
 
