@@ -39,7 +39,7 @@ def next_token_loss(
         mtp_sum, ahead = _mtp_loss(module, x_BTD, batch, whole, loss, noise_key)
         total, parts, routings = total + mtp_sum, parts | {"mtp_sum": jax.lax.stop_gradient(mtp_sum)}, routings | ahead
     if "next_sentence" in batch:
-        next_sum = _next_sentence_loss(module, x_BTD, batch)
+        next_sum = _next_sentence_loss(module, x_BTD, whole)
         total, parts = total + next_sum, parts | {"next_sentence_sum": jax.lax.stop_gradient(next_sum)}
     if (moe := model.config.moe) is None:
         return total, parts
