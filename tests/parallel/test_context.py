@@ -1,7 +1,5 @@
 """Whole models whose rows are shared by position give the loss and the gradients of one device."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
@@ -65,7 +63,6 @@ def batch_of(run):
     return tiny.host_batch(run, 0)
 
 
-@functools.cache
 def results(name, n_devices):
     """Loss, its parts, gradients, and the losses of all tokens."""
     run = run_of(name, CASES[name][1] if n_devices > 1 else {})
