@@ -45,6 +45,7 @@ FIXED_BY_A_CHECKPOINT = (
 FREE_WITHIN_THEM = (
     "model.remat",
     "model.attention_implementation",
+    "model.context_attention",
     # Where they lie may change: what lies there is compared by its fingerprint.
     "tokenizer.path",
     "data.store",

@@ -1,28 +1,32 @@
 """Scaled dot-product attention over global arrays: one call, whose implementation the mesh's devices decide.
 
 Shape letters as in `attention_reference.py`. Batches are shared over the mesh's batch axes and heads over its tensor
-axis, so that every device attends with whole rows of its own heads and nothing travels.
+axis, so that every device attends with whole rows of its own heads and nothing travels; unless the mesh shares rows by
+position too, see `context`.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from maxlm.kernels import attention_chunked, attention_tpu
+from maxlm.kernels import attention_chunked, attention_tpu, ring_attention
 from maxlm.kernels.attention_bias import Bias
-from maxlm.kernels.attention_chunked import Chunking
-from maxlm.kernels.attention_extras import Extras
+from maxlm.kernels.attention_exchange import EXCHANGED, exchange, exchange_back
+from maxlm.kernels.attention_extras import Extras, Layout
 from maxlm.kernels.attention_reference import attention_reference
 from maxlm.kernels.attention_relative import Relative
-from maxlm.kernels.manual import bring, on_each_device, platform
+from maxlm.kernels.attention_tiles import Chunking
+from maxlm.kernels.manual import bring, count, on_each_device, platform
 from maxlm.kernels.masks import Mask
-from maxlm.parallel.axes import activation_spec
+from maxlm.parallel.axes import activation_spec, mesh_axes
 
 IMPLEMENTATIONS = ("auto", "reference", "chunked", "pallas")
+CONTEXTS = ("ring", "all_to_all")
 
 # Lengths of the tiles of the score matrix. On a CPU they should stay in the caches: of 64 to 512, 128 x 128 was the
 # fastest (docs/performance-log.md). Elsewhere a step of the scan has to be worth its launches.
@@ -45,6 +49,7 @@ def attention(
     scale: float | None = None,
     q_offset_B: jax.Array | None = None,
     implementation: str = "auto",
+    context: str = "ring",
 ) -> jax.Array:
     """Each query's average of the values, weighted by softmax of its scores with the keys that it may attend to.
 
@@ -61,6 +66,10 @@ def attention(
     cache, and always runs the reference. Backward of the chunked implementation needs what is named `flash_out` and
     `flash_lse`, for remat policies that save by name.
 
+    Where the mesh shares rows by position, `context` says how a query meets all keys of its row. `ring`: keys travel,
+    rows lie in the order of `ring_plan.zigzag`, and the implementation is the chunked one. `all_to_all`: rows lie
+    in their own order, and devices exchange positions for heads before and after (arXiv:2309.14509).
+
     Returns `[B, T, H, V]` in q's dtype, differentiable in q, k, v, sinks and the arrays of bias and relative.
     Raises ValueError on shapes that do not fit or an unknown implementation.
     """
@@ -70,39 +79,67 @@ def attention(
     extras = Extras(segments_BT, kv_segments_BS, prefix_BS, sinks_H, bias, relative)
     _check(q_BTHK, k_BSGK, v_BSGV, extras)
     factor: float = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
-    q_BTHK = bring(q_BTHK, activation_spec("batch", "length", "heads", None))
-    k_BSGK = bring(k_BSGK, activation_spec("batch", "length", "kv_heads", None))
-    v_BSGV = bring(v_BSGV, activation_spec("batch", "length", "kv_heads", None))
-    extras = extras.brought()
-    refusal = attention_tpu.refusal(q_BTHK, k_BSGK, v_BSGV, extras, mask)
+    tile = CPU_TILE if platform() == "cpu" else ACCELERATOR_TILE
+    how = Chunking(mask=mask, scale=factor, softcap=softcap, q_tile=tile, kv_tile=tile)
+    layout, shared = Layout(), count(mesh_axes("length")) > 1
+    q_BTHK, k_BSGK, v_BSGV = bring(q_BTHK, layout.queries), bring(k_BSGK, layout.keys), bring(v_BSGV, layout.keys)
+    if not shared:
+        return _attend(q_BTHK, k_BSGK, v_BSGV, extras, layout, how, implementation, own_segments, q_offset_B)
+    if context not in CONTEXTS or q_offset_B is not None:
+        raise ValueError(
+            f"attention context {context!r} is not one of {', '.join(CONTEXTS)}"
+            if q_offset_B is None
+            else "cached decoding keeps rows whole: set mesh.context = 1"
+        )
+    if context == "ring":
+        if implementation not in ("auto", "chunked"):
+            raise ValueError(f"attention implementation {implementation!r} does not go with a ring; use 'auto'")
+        return _chunked(q_BTHK, k_BSGK, v_BSGV, extras.brought(layout), how, layout)
+    whole, extras = exchange(q_BTHK, k_BSGK, v_BSGV, extras)
+    o_BTHV = _attend(*whole, extras, EXCHANGED, how, implementation, own_segments, None)
+    return exchange_back(o_BTHV)
+
+
+def _attend(
+    q_BTHK,
+    k_BSGK,
+    v_BSGV,
+    extras: Extras,
+    layout: Layout,
+    how: Chunking,
+    implementation: str,
+    own_segments: bool,
+    q_offset_B,
+) -> jax.Array:
+    """The same with whole rows on every device."""
+    extras = extras.brought(layout)
+    refusal = attention_tpu.refusal(q_BTHK, k_BSGK, v_BSGV, extras, how.mask)
     chosen = choose(implementation, refusal, cached=q_offset_B is not None)
     if chosen == "reference":
         if q_offset_B is not None:
             q_offset_B = bring(q_offset_B, activation_spec("batch"))
-        local = partial(attention_reference, mask=mask, scale=factor, softcap=softcap)
-        specs = (*_specs(extras), activation_spec("batch"))
-        run = on_each_device(local, specs, activation_spec("batch", "length", "heads", None))
-        return run(q_BTHK, k_BSGK, v_BSGV, extras, q_offset_B)
+        local = partial(attention_reference, mask=how.mask, scale=how.scale, softcap=how.softcap)
+        specs = (*_specs(extras, layout), activation_spec("batch"))
+        return on_each_device(local, specs, layout.queries)(q_BTHK, k_BSGK, v_BSGV, extras, q_offset_B)
     if chosen == "pallas":
         local = partial(
             attention_tpu.attend,
-            mask=mask,
-            scale=factor,
-            softcap=softcap,
+            mask=how.mask,
+            scale=how.scale,
+            softcap=how.softcap,
             own_segments=own_segments,
             interpret=platform() != "tpu",
         )
-        run = on_each_device(local, _specs(extras), activation_spec("batch", "length", "heads", None), checked=False)
+        run = on_each_device(local, _specs(extras, layout), layout.queries, checked=False)
         return run(q_BTHK, k_BSGK, v_BSGV, extras)
-    tile = CPU_TILE if platform() == "cpu" else ACCELERATOR_TILE
-    how = Chunking(mask=mask, scale=factor, softcap=softcap, q_tile=tile, kv_tile=tile)
-    return _chunked(q_BTHK, k_BSGK, v_BSGV, extras, how)
+    return _chunked(q_BTHK, k_BSGK, v_BSGV, extras, how, layout)
 
 
 def choose(implementation: str, pallas_refusal: str | None, *, cached: bool) -> str:
     """The implementation that a call runs: the asked one, except that cached decoding has only the reference.
 
-    `auto` is the Pallas kernel on a TPU, where it takes the shapes, and the chunked one elsewhere.
+    `auto` is the Pallas kernel on a TPU, where it takes the shapes, and the chunked one elsewhere. A ring does not come
+    here: it needs the log-sum-exp of keys at an offset that only the device knows, which that kernel does not give.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
@@ -115,29 +152,29 @@ def choose(implementation: str, pallas_refusal: str | None, *, cached: bool) -> 
     return implementation
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _chunked(q, k, v, extras: Extras, how: Chunking) -> jax.Array:
-    return _chunked_forward(q, k, v, extras, how)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _chunked(q, k, v, extras: Extras, how: Chunking, layout: Layout) -> jax.Array:
+    return _chunked_forward(q, k, v, extras, how, layout)[0]
 
 
-def _chunked_forward(q, k, v, extras: Extras, how: Chunking):
+def _chunked_forward(q, k, v, extras: Extras, how: Chunking, layout: Layout):
     if extras.segments_BT is not None or extras.prefix_BS is not None:
         # Tied to q, or partial evaluation of a scan over layers finds that the masks of all tiles are the same in every
         # layer and makes them ahead, all at once: gigabytes.
         q, segments, kv_segments, prefix = jax.lax.optimization_barrier((q, *extras[:3]))
         extras = extras._replace(segments_BT=segments, kv_segments_BS=kv_segments, prefix_BS=prefix)
-    out_specs = (activation_spec("batch", "length", "heads", None), activation_spec("batch", "length", "heads"))
-    run = on_each_device(partial(attention_chunked.forward, how=how), _specs(extras), out_specs)
-    o, lse = run(q, k, v, extras)
+    local = partial(_kernel(layout).forward, how=how)
+    o, lse = on_each_device(local, _specs(extras, layout), (layout.queries, layout.lse))(q, k, v, extras)
     o, lse = checkpoint_name(o, "flash_out"), checkpoint_name(lse, "flash_lse")
     return o, (q, k, v, extras, o, lse)
 
 
-def _chunked_backward(how: Chunking, residuals, do):
-    q_spec, kv_spec, _, specs = _specs(residuals[3])
-    in_specs = (q_spec, kv_spec, kv_spec, specs, q_spec, activation_spec("batch", "length", "heads"), q_spec)
-    out_specs = (q_spec, kv_spec, kv_spec, specs.sinks_H, specs.bias, specs.relative)
-    run = on_each_device(partial(attention_chunked.backward, how=how), in_specs, out_specs)
+def _chunked_backward(how: Chunking, layout: Layout, residuals, do):
+    specs = _specs(residuals[3], layout)
+    q_spec, kv_spec, _, extras_specs = specs
+    out_specs = (q_spec, kv_spec, kv_spec, extras_specs.sinks_H, extras_specs.bias, extras_specs.relative)
+    local = partial(_kernel(layout).backward, how=replace(how, token_axes=layout.token_axes))
+    run = on_each_device(local, (*specs, q_spec, layout.lse, q_spec), out_specs)
     dq, dk, dv, dsinks, dbias, drelative = run(*residuals, bring(do, q_spec))
     return dq, dk, dv, Extras(sinks_H=dsinks, bias=dbias, relative=drelative)
 
@@ -145,11 +182,14 @@ def _chunked_backward(how: Chunking, residuals, do):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _specs(extras: Extras):
+def _kernel(layout: Layout):
+    """The one for rows that are whole on each device, or for those that devices share by position."""
+    return ring_attention if layout.length and count(mesh_axes(layout.length)) > 1 else attention_chunked
+
+
+def _specs(extras: Extras, layout: Layout):
     """Shardings of q, k, v and the extras."""
-    q = activation_spec("batch", "length", "heads", None)
-    kv = activation_spec("batch", "length", "kv_heads", None)
-    return q, kv, kv, extras.specs()
+    return layout.queries, layout.keys, layout.keys, extras.specs(layout)
 
 
 def _check(q, k, v, extras: Extras) -> None:

@@ -6,11 +6,45 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import PartitionSpec
 
 from maxlm.kernels.attention_bias import Alibi, Bias
 from maxlm.kernels.attention_relative import Relative
 from maxlm.kernels.manual import bring
-from maxlm.parallel.axes import activation_spec
+from maxlm.parallel.axes import activation_spec, mesh_axes
+
+
+class Layout(NamedTuple):
+    """The logical axes of a call's arrays: how positions and heads are shared by devices."""
+
+    length: str | None = "length"
+    heads: str = "heads"
+    kv_heads: str = "kv_heads"
+
+    @property
+    def rows(self) -> PartitionSpec:
+        """Of `[B, T]` and `[B, S]`."""
+        return activation_spec("batch", self.length)
+
+    @property
+    def queries(self) -> PartitionSpec:
+        """Of `[B, T, H, K]`."""
+        return activation_spec("batch", self.length, self.heads, None)
+
+    @property
+    def keys(self) -> PartitionSpec:
+        """Of `[B, S, G, K]`."""
+        return activation_spec("batch", self.length, self.kv_heads, None)
+
+    @property
+    def lse(self) -> PartitionSpec:
+        """Of `[B, T, H]`."""
+        return activation_spec("batch", self.length, self.heads)
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """The mesh axes that each have other queries of the same heads."""
+        return mesh_axes("batch") + (mesh_axes(self.length) if self.length else ())
 
 
 class Extras(NamedTuple):
@@ -23,21 +57,21 @@ class Extras(NamedTuple):
     bias: Bias | None = None
     relative: Relative | None = None
 
-    def specs(self) -> Any:
+    def specs(self, layout: Layout) -> Any:
         """The sharding of each array that is given, in the same places."""
-        rows, heads = activation_spec("batch", "length"), activation_spec("heads")
-        per_head = heads if isinstance(self.bias, Alibi) else activation_spec(None, "heads")
+        rows, heads = layout.rows, activation_spec(layout.heads)
+        per_head = heads if isinstance(self.bias, Alibi) else activation_spec(None, layout.heads)
         relative = self.relative
         if relative is not None:
-            queries = activation_spec("batch", "length", "heads", None)
-            relative = replace(relative, q_BTHK=queries, r_LHK=activation_spec(None, "heads", None))
+            distances = activation_spec(None, layout.heads, None)
+            relative = replace(relative, q_BTHK=layout.queries, r_LHK=distances)
         each = (rows, rows, rows, heads, jax.tree.map(lambda _: per_head, self.bias), relative)
         specs: list[Any] = [None if given is None else spec for given, spec in zip(self, each, strict=True)]
         return Extras(*specs)
 
-    def brought(self) -> Extras:
+    def brought(self, layout: Layout) -> Extras:
         """The same arrays in their shardings."""
-        return jax.tree.map(bring, self, self.specs())
+        return jax.tree.map(bring, self, self.specs(layout))
 
     def problems(self, q: jax.Array, k: jax.Array) -> list[str]:
         """What does not fit queries `[B, T, H, K]` and keys `[B, S, G, K]`, in words."""

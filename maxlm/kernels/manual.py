@@ -97,6 +97,15 @@ def exchanged(x: jax.Array, axes: Axes, *, split: int, join: int) -> jax.Array:
     return jax.lax.all_to_all(x, axes, split, join, tiled=True) if count(axes) > 1 else x
 
 
+def passed_on(x: Any, axes: Axes, by: int) -> Any:
+    """Inside: every array of a pytree as the device has it that lies `by` places before, round and round the axes."""
+    n = count(axes)
+    if by % n == 0:
+        return x
+    route = [(place, (place + by) % n) for place in range(n)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, route), x)
+
+
 def zeros(shape: tuple[int, ...], dtype: Any, *like: jax.Array) -> jax.Array:
     """Inside: zeros that vary over the mesh axes that any of `like` varies over, as the carry of a scan has to."""
     witness = sum(x.ravel()[0].astype(dtype) for x in like)

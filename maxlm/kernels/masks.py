@@ -140,6 +140,30 @@ class Mask:
             return "empty"
         return "full" if low <= least and most <= high else "partial"
 
+    def extent(self, q_start: Any, q_stop: Any, kv_start: Any, kv_stop: Any) -> tuple[Any, Any]:
+        """Of queries `[q_start, q_stop)` by keys `[kv_start, kv_stop)`: does the mask leave nothing, does it leave all?
+
+        Element-wise, arrays of NumPy or JAX, of which the second may be traced. Both are sure where they are true; a
+        part with global tokens may be full or empty without being called so.
+        """
+        least, most = kv_start - q_stop + 1, kv_stop - 1 - q_start
+        whatever = least == least
+        ahead = least > 0 if self.causal else ~whatever
+        empty, full = ahead, most <= 0 if self.causal else whatever
+        if self.window is not None:
+            empty, full = empty | (most <= -self.window), full & (least > -self.window)
+            if not self.causal:
+                empty, full = empty | (least >= self.window), full & (most < self.window)
+        if self.chunk is not None:
+            first_q, last_q = q_start // self.chunk, (q_stop - 1) // self.chunk
+            first_kv, last_kv = kv_start // self.chunk, (kv_stop - 1) // self.chunk
+            empty = empty | (first_q > last_kv) | (first_kv > last_q)
+            full = full & (first_q == last_kv) & (first_kv == last_q)
+        if self.global_tokens:
+            is_global = (q_start < self.global_tokens) | (kv_start < self.global_tokens)
+            empty = ahead | (empty & ~is_global)
+        return empty, full
+
     def tiles(self, n_q_tiles: int, n_kv_tiles: int, q_tile: int, kv_tile: int) -> list[Tile]:
         """Every tile of the score matrix, row by row, with its kind."""
         return [

@@ -132,6 +132,7 @@ class Attention(nnx.Module):
             scale=self.config.score_scale,
             q_offset_B=context.lengths_B,
             implementation=self.config.attention_implementation,
+            context=self.config.context_attention,
         )
 
     def _project(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:

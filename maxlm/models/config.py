@@ -150,6 +150,12 @@ class ModelConfig(Section):
     attention_implementation: Literal["auto", "reference", "chunked", "pallas"] = key(
         "auto", "which attention kernel runs; auto: pallas on TPUs where it takes the shapes, chunked elsewhere"
     )
+    context_attention: Literal["ring", "all_to_all"] = key(
+        "ring",
+        "how a token sees its whole row where mesh.context shares rows: ring: keys and values go from device to device "
+        "(arXiv:2310.01889), by the chunked kernel; all_to_all: devices exchange positions for heads, which they must "
+        "divide (arXiv:2309.14509)",
+    )
     mlp: Literal["swiglu", "swiglu_clamped", "geglu", "gelu", "gelu_exact", "silu", "relu", "relu2"] = key(
         "swiglu",
         "gated by SiLU, clamped as in GPT-OSS (arXiv:2508.10925) or not, or by GELU (arXiv:2002.05202), or plain with "

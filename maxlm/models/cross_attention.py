@@ -61,6 +61,7 @@ class CrossAttention(Attention):
             softcap=self.config.attention_softcap,
             scale=self.config.score_scale,
             implementation="reference" if decoding else self.config.attention_implementation,
+            context=self.config.context_attention,
         )
         y_BTD = project(o_BTHK, self.o, self.dtype, *context.residual)
         if self.config.attention_out_bias:

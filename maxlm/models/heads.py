@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maxlm.kernels import manual
 from maxlm.models.config import ModelConfig
 from maxlm.models.layers import Initializer, Norm, model_norm, project, use
-from maxlm.parallel.axes import constrain
+from maxlm.parallel.axes import activation_spec, constrain, mesh_axes
 
 
 class Head(nnx.Module):
@@ -55,7 +56,20 @@ class NextSentence(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """The two logits `[B, 2]`, float32, of the last layer's result: the parts follow each other, or do not."""
-        first_B1D = constrain(x_BTD, "batch", "length", "embed")[:, :1]
-        pooled_B1D = jnp.tanh(project(first_B1D, self.pooler, self.dtype) + use(self.pooler_bias, self.dtype))
-        scores = project(constrain(pooled_B1D, "batch", "length", "embed"), self.kernel, self.dtype)
-        return (scores + use(self.bias, self.dtype))[:, 0].astype(jnp.float32)
+        # Where rows are shared by position every device takes its first token, and the first device's is the row's.
+        first_BCD = _first_of_each_device(constrain(x_BTD, "batch", "length", "embed"))
+        pooled_BCD = jnp.tanh(project(first_BCD, self.pooler, self.dtype) + use(self.pooler_bias, self.dtype))
+        length = "length" if pooled_BCD.shape[1] > 1 else None
+        scores = project(constrain(pooled_BCD, "batch", length, "embed"), self.kernel, self.dtype)
+        scores = scores + use(self.bias, self.dtype)
+        if scores.shape[1] == 1:
+            return scores[:, 0].astype(jnp.float32)
+        return jnp.sum(jnp.where(jnp.arange(scores.shape[1])[:, None] == 0, scores.astype(jnp.float32), 0.0), axis=1)
+
+
+def _first_of_each_device(x_BTD: jax.Array) -> jax.Array:
+    """`[B, C, D]`: of C devices that share rows by position, the first token of each."""
+    if manual.count(mesh_axes("length")) == 1:
+        return x_BTD[:, :1]
+    spec = activation_spec("batch", "length", "embed")
+    return manual.on_each_device(lambda x_BTD: x_BTD[:, :1], (spec,), spec)(x_BTD)

@@ -131,6 +131,7 @@ class LatentAttention(nnx.Module):
             softcap=self.config.attention_softcap,
             scale=self.scale,
             implementation=self.config.attention_implementation,
+            context=self.config.context_attention,
         )
 
     def _attend_cached(self, q_BTHN, q_BTHR, cache: LatentCache, context: Context) -> jax.Array:

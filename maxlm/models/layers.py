@@ -122,6 +122,7 @@ def _weight_gradient(x: jax.Array, dy: jax.Array, gathered: PartitionSpec, store
     tokens = tuple(axis for axis in axes.token_axes() if manual.count((axis,)) > 1)
     shards = tuple(tuple(axis for axis in axes.names_in(entry) if axis in tokens) for entry in stored)
     scattered = {axis for entry in shards for axis in entry}
+    named = {axis for entry in stored for axis in axes.names_in(entry)}
     copied = tuple(axis for axis in tokens if axis not in scattered)
     if not (scattered and copied) and manual.count(axes.mesh_axes("length")) == 1:
         x, dy = _rows(x), _rows(dy)
@@ -132,7 +133,8 @@ def _weight_gradient(x: jax.Array, dy: jax.Array, gathered: PartitionSpec, store
         dw = jax.lax.dot_general(_rows(x), _rows(dy), (((0,), (0,)), ((), ())))
         for dimension, entry in enumerate(shards):
             dw = manual.scattered_total(dw, entry, dimension)
-        return manual.total(dw, copied)
+        # Along axes of one device too, over which it counts as varying.
+        return manual.total(dw, tuple(axis for axis in axes.token_axes() if axis not in named))
 
     in_specs = jax.typeof(x).sharding.spec, jax.typeof(dy).sharding.spec
     return manual.on_each_device(local, in_specs, stored)(x, dy)

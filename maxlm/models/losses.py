@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from maxlm.data.sentence_pairs import FOLLOWS
 from maxlm.kernels.cross_entropy import cross_entropy, token_losses
 from maxlm.models.config import LossConfig
 from maxlm.models.moe_losses import Routings, counts_of, router_losses
+from maxlm.models.row_order import gathered, laid_out
 from maxlm.models.transformer import Model, Params, Transformer
 
 Batch = dict[str, jax.Array]
@@ -30,14 +32,14 @@ def next_token_loss(
     each times its weight, and the parts "balance_sum", "router_z_sum" and "routing" (see `moe_losses.py`). `noise_key`
     is for training: the noise of its routers.
     """
-    module = model.bind(params)
+    module, whole, batch = model.bind(params), batch, _laid_out(model, batch)
     x_BTD, routings = last_hidden(module, batch, noise_key)
     total, parts = _head_loss(module, x_BTD, batch["targets"], batch["weights"], loss, z_loss=loss.z_loss)
     if model.config.mtp_layers:
-        mtp_sum, ahead = _mtp_loss(module, x_BTD, batch, loss, noise_key)
+        mtp_sum, ahead = _mtp_loss(module, x_BTD, batch, whole, loss, noise_key)
         total, parts, routings = total + mtp_sum, parts | {"mtp_sum": jax.lax.stop_gradient(mtp_sum)}, routings | ahead
     if "next_sentence" in batch:
-        next_sum = _next_sentence_loss(module, x_BTD, batch)
+        next_sum = _next_sentence_loss(module, x_BTD, whole)
         total, parts = total + next_sum, parts | {"next_sentence_sum": jax.lax.stop_gradient(next_sum)}
     if (moe := model.config.moe) is None:
         return total, parts
@@ -49,15 +51,23 @@ def next_token_loss(
     return total, {**parts, **jax.lax.stop_gradient(added), "routing": counts_of(routings)}
 
 
+def _laid_out(model: Model, batch: Batch) -> Batch:
+    """The arrays that the model takes, as their rows lie on the mesh."""
+    return {name: laid_out(model.config, x_BT) for name, x_BT in batch.items()}
+
+
 def _mtp_loss(
-    module: Transformer, x_BTD: jax.Array, batch: Batch, loss: LossConfig, noise_key: jax.Array | None
+    module: Transformer, x_BTD: jax.Array, batch: Batch, whole: Batch, loss: LossConfig, noise_key: jax.Array | None
 ) -> tuple[jax.Array, Routings]:
-    """The weighed loss of the modules that predict further ahead, summed over tokens, and what their routers did."""
-    n_ahead, targets_BT = module.config.mtp_layers, batch["targets"]
-    tokens = [shifted(targets_BT, k) for k in range(n_ahead)]
+    """The weighed loss of the modules that predict further ahead, summed over tokens, and what their routers did.
+    `whole` is the batch with its rows in their own order, of which what lies further ahead is taken."""
+    n_ahead, targets_BT, lay_out = module.config.mtp_layers, whole["targets"], partial(laid_out, module.config)
+    tokens = [lay_out(shifted(targets_BT, k)) for k in range(n_ahead)]
     streams, routings = module.ahead(x_BTD, tokens, batch["positions"], batch["segments"], noise_key)
     sums = [
-        _head_loss(module, stream, shifted(targets_BT, k), weights_ahead(batch, k), loss, z_loss=0.0)[0]
+        _head_loss(module, stream, lay_out(shifted(targets_BT, k)), lay_out(weights_ahead(whole, k)), loss, z_loss=0.0)[
+            0
+        ]
         for k, stream in enumerate(streams, start=1)
     ]
     return loss.mtp_weight / n_ahead * jnp.sum(jnp.stack(sums)), routings
@@ -101,8 +111,8 @@ def _head_loss(
 
 def token_negative_log_likelihoods(model: Model, params: Params, batch: Batch, loss: LossConfig) -> jax.Array:
     """The cross-entropy of every target, in nats, `[B, T]` float32, without gradients."""
-    module = model.bind(params)
-    return token_losses(
+    module, batch = model.bind(params), _laid_out(model, batch)
+    losses_BT = token_losses(
         module.head_input(last_hidden(module, batch)[0]),
         module.head_weight(),
         batch["targets"],
@@ -111,10 +121,12 @@ def token_negative_log_likelihoods(model: Model, params: Params, batch: Batch, l
         softcap=model.config.logit_softcap,
         chunk_tokens=loss.chunk_tokens,
     )
+    return gathered(model.config, losses_BT)
 
 
 def last_hidden(module: Transformer, batch: Batch, noise_key: jax.Array | None = None) -> tuple[jax.Array, Routings]:
-    """The model's result `[B, T, D]` at the positions of a batch's targets, and what its routers did."""
+    """The model's result `[B, T, D]` at the positions of a batch's targets, and what its routers did. Of a batch whose
+    rows lie as `row_order.laid_out` lays them."""
     encoded = None
     if module.config.kind == "encoder_decoder":
         encoded = module.encode(batch["encoder_inputs"], batch["encoder_positions"], batch["encoder_segments"])

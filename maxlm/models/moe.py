@@ -10,6 +10,7 @@ rows sorted by expert.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -28,6 +29,7 @@ from maxlm.models.mlp import ACTIVATIONS, MLP, gated
 from maxlm.models.moe_config import MoEConfig
 from maxlm.models.moe_exchange import chosen, most_rows, round_rows
 from maxlm.models.routing import Routing, choose_experts, choose_tokens, load_of, routing_of, within_capacity
+from maxlm.models.row_order import in_order, order_of
 from maxlm.parallel.axes import (
     activation_spec,
     constrain,
@@ -51,7 +53,7 @@ class Router(nnx.Module):
     which is no part of them."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
-        moe, self.factor = moe_config(config), config.scales.router
+        moe, self.factor, self.model = moe_config(config), config.scales.router, config
         self.noise, self.noise_scale = moe.router_noise, moe.router_noise_scale or 0.0
         self.kernel = init.normal("kernel", (config.d_model, moe.n_experts), ("embed", "router"), config.init_std)
         if moe.router_bias:
@@ -65,18 +67,24 @@ class Router(nnx.Module):
         """Logits `[B, T, E]`."""
         x_BTD = x_BTD.astype(jnp.float32)
         if noise_key is not None and self.noise == "jitter":
-            sharding, low, high = jax.typeof(x_BTD).sharding, 1 - self.noise_scale, 1 + self.noise_scale
-            x_BTD = x_BTD * jax.random.uniform(noise_key, x_BTD.shape, minval=low, maxval=high, out_sharding=sharding)
+            low, high = 1 - self.noise_scale, 1 + self.noise_scale
+            x_BTD = x_BTD * self._drawn(partial(jax.random.uniform, noise_key, minval=low, maxval=high), x_BTD)
         logits_BTE = project(x_BTD, self.kernel, jnp.float32)
         if self.factor != 1:
             logits_BTE = logits_BTE * self.factor
         if hasattr(self, "bias"):
             logits_BTE = logits_BTE + use(self.bias, jnp.float32)
         if noise_key is not None and self.noise == "gaussian":
-            sharding = jax.typeof(logits_BTE).sharding
-            noise = jax.random.normal(noise_key, logits_BTE.shape, out_sharding=sharding)
+            noise = self._drawn(partial(jax.random.normal, noise_key), logits_BTE)
             logits_BTE = logits_BTE + self.noise_scale * noise
         return logits_BTE
+
+    def _drawn(self, draw: Callable[..., jax.Array], like: jax.Array) -> jax.Array:
+        """Noise of the shape and sharding of `like`: that of a token follows from its place in its row, wherever it
+        lies."""
+        if (order := order_of(self.model, like.shape[1])) is None:
+            return draw(shape=like.shape, out_sharding=jax.typeof(like).sharding)
+        return in_order(draw(shape=like.shape, out_sharding=activation_spec("batch", None, None)), order, like)
 
     @property
     def balance(self) -> jax.Array | None:
@@ -240,7 +248,7 @@ class MoE(nnx.Module):
     """The router chooses, the experts do the work, and shared experts take every token."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, init: Initializer):
-        self.config = moe_config(config)
+        self.config, self.model = moe_config(config), config
         self.router = Router(config, init.at("router"))
         self.experts = Experts(config, dtype, init.at("experts"))
         if self.config.n_shared_experts:
@@ -273,7 +281,7 @@ class MoE(nnx.Module):
         experts_BTA, weights_BTA = choose_experts(logits_BTE, self.router.balance, valid_BT, self.config)
         load_BE = load_of(experts_BTA, n_experts)
         if context.lengths_B is None:
-            experts_BTA = within_capacity(experts_BTA, self.config)
+            experts_BTA = within_capacity(experts_BTA, self.config, order_of(self.model, x_BTD.shape[1]))
         kept_BTA = experts_BTA < n_experts
         weights_BTA = jnp.where(kept_BTA, weights_BTA, 0.0)
         y_BTD = self.experts(x_BTD, experts_BTA, weights_BTA, by_token=True, context=context)

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maxlm.kernels import manual
 from maxlm.models.moe_config import MoEConfig
-from maxlm.parallel.axes import activation_spec
+from maxlm.parallel.axes import activation_spec, mesh_axes
 
 
 class Routing(NamedTuple):
@@ -72,9 +73,9 @@ def choose_tokens(logits_BTE: jax.Array, valid_BT: jax.Array, config: MoEConfig)
     return tokens_BEC.astype(jnp.int32), config.routed_scale * jnp.maximum(weights_BEC, 0.0)
 
 
-def within_capacity(experts_BTA: jax.Array, config: MoEConfig) -> jax.Array:
+def within_capacity(experts_BTA: jax.Array, config: MoEConfig, order_T: np.ndarray | None = None) -> jax.Array:
     """The experts, but number E for choices beyond what the expert takes of a row: earlier tokens come first, and of
-    one token the better choice."""
+    one token the better choice. `order_T`: the position of a row at each place, where that is another."""
     n_experts, capacity = config.n_experts, config.capacity(experts_BTA.shape[1])
     if capacity is None:
         return experts_BTA
@@ -87,8 +88,19 @@ def within_capacity(experts_BTA: jax.Array, config: MoEConfig) -> jax.Array:
         _, before = jax.lax.sort((choice, before), num_keys=1)
         return jnp.where(before < capacity, flat, n_experts).reshape(experts_TA.shape)
 
+    shared = mesh_axes("length")
+
+    def rows(experts_BTA: jax.Array) -> jax.Array:
+        if manual.count(shared) == 1:
+            return jax.vmap(row)(experts_BTA)
+        # Which choices come first is seen in whole rows alone.
+        own, whole = experts_BTA.shape[1], manual.gathered(experts_BTA, shared, 1)
+        kept = jax.vmap(row)(whole if order_T is None else whole[:, np.argsort(order_T)])
+        kept = kept if order_T is None else kept[:, order_T]
+        return jax.lax.dynamic_slice_in_dim(kept, manual.index(shared) * own, own, axis=1)
+
     spec = activation_spec("batch", "length", None)
-    return manual.on_each_device(jax.vmap(row), (spec,), spec)(experts_BTA)
+    return manual.on_each_device(rows, (spec,), spec)(experts_BTA)
 
 
 def routing_of(

@@ -40,6 +40,9 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    # Of attention whose positions are whole, and whose heads are shared by the devices that else share positions
+    # (DeepSpeed-Ulysses, arXiv:2309.14509).
+    "exchanged_heads": ("tensor", "context"),
     "head_dim": (),
     "latent": (),
     "vocab": ("tensor",),

@@ -67,10 +67,23 @@ REFUSALS = (
         "set model.positions=rope",
     ),
     Refusal(
-        "mesh.context > 1",
-        "attention over pieces of a sequence is not there yet",
-        lambda config: config.mesh.context != 1,
+        "mesh.context > 1 with model.moe.router = 'expert_choice'",
+        "an expert chooses among all tokens of a row, of which a device has a piece",
+        lambda config: (
+            config.mesh.context != 1 and config.model.moe is not None and config.model.moe.router == "expert_choice"
+        ),
         "set mesh.context=1; mesh.tensor shards the residual stream by sequence",
+    ),
+    Refusal(
+        "mesh.context > 1 and model.context_attention = 'ring' with model.attention_implementation = 'reference' or "
+        "'pallas'",
+        "a ring needs the log-sum-exp of keys at an offset that only the device knows, which the chunked one gives",
+        lambda config: (
+            config.mesh.context != 1
+            and config.model.context_attention == "ring"
+            and config.model.attention_implementation in ("reference", "pallas")
+        ),
+        "set model.attention_implementation=auto or model.context_attention=all_to_all",
     ),
 )
 
@@ -104,7 +117,8 @@ def check_mesh(config: RunConfig, sizes: dict[str, int]) -> None:
         ),
         ("model.moe.d_ff", model.moe.d_ff if model.moe is not None else tensor, "mesh.tensor", tensor),
         ("the padded vocabulary of model.vocab_size", model.padded_vocab_size, "mesh.tensor", tensor),
-        ("train.seq_len", config.train.seq_len, piece_keys, pieces),
+        *((name, length, piece_keys, pieces) for name, length in _lengths(config)),
+        *_context_needs(config, sizes),
         (
             "the rows of a microbatch (train.global_batch_tokens / train.seq_len / train.accumulation)",
             rows // config.train.accumulation,
@@ -122,6 +136,25 @@ def check_mesh(config: RunConfig, sizes: dict[str, int]) -> None:
     ]
     if problems:
         raise ConfigError("the mesh does not divide the model or the batch:\n" + "\n".join(problems))
+
+
+def _lengths(config: RunConfig) -> list[tuple[str, int]]:
+    """The lengths of rows that are shared by position, and what to call them."""
+    if config.model.kind != "encoder_decoder":
+        return [("train.seq_len", config.train.seq_len)]
+    lengths = config.row_lengths
+    return [(f"the {side}'s row of train.seq_len", getattr(lengths, side)) for side in ("encoder", "decoder")]
+
+
+def _context_needs(config: RunConfig, sizes: dict[str, int]) -> list[tuple[str, int, str, int]]:
+    """What attention over rows shared by position wants of its sizes."""
+    context = sizes.get("context", 1)
+    if context == 1:
+        return []
+    if config.model.context_attention == "ring":
+        return [(name, length, "2 x mesh.context", 2 * context) for name, length in _lengths(config)]
+    keys, devices = "mesh.tensor x mesh.context (model.context_attention = all_to_all)", sizes["tensor"] * context
+    return [("model.n_heads", config.model.n_heads, keys, devices)]
 
 
 def _product(sizes: dict[str, int], axes: tuple[str, ...]) -> tuple[int, str]:

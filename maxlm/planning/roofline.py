@@ -17,6 +17,7 @@ from maxlm.models.config import ModelConfig
 from maxlm.models.flops import distance_flops, forward_flops
 from maxlm.models.weights import Weight, weights_of
 from maxlm.parallel.axes_table import DATA, SEQUENCE, STORED, TOKENS
+from maxlm.planning.context_cost import context_cost
 from maxlm.planning.layout import Cost, collective_cost, network_of
 from maxlm.planning.memory_model import BYTES, Shapes, chunk_tokens, predicted_memory
 from maxlm.planning.recomputation import Again, again
@@ -244,7 +245,7 @@ class _Step:
         """Communication of all layers in a microbatch: weights gathered twice; positions gathered before the products
         and scattered after them, as many again for the gradients, and gathered once more where they were not kept."""
         if name == "attention scores":
-            return Cost()
+            return context_cost(self.config, self.sizes, self.cost)
         cost = Cost()
         for weight in self._gathered("attention" if name == "attention projections" else "mlp"):
             axes = weight.storage_axes(shard_over_data=self.config.mesh.zero == 3)

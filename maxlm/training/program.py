@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.models.transformer import Model
-from maxlm.parallel.axes import activation_spec
+from maxlm.parallel.axes import activation_spec, shards_of
 from maxlm.training.optimizer import make_optimizer
 from maxlm.training.schedule import make_schedule
 from maxlm.training.state import Placement, TrainState, abstract_state, init_state
@@ -53,8 +53,9 @@ class Program:
 
     @cached_property
     def batch_sharding(self) -> jax.NamedSharding:
-        """How every array of a batch lies on the mesh."""
-        return jax.NamedSharding(self.mesh, activation_spec("batch", "length"))
+        """How every array of a batch comes to the mesh: with whole rows, whose positions the loss then shares out."""
+        length = None if shards_of("length", self.mesh) > 1 else "length"
+        return jax.NamedSharding(self.mesh, activation_spec("batch", length))
 
     @cached_property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:

@@ -27,6 +27,20 @@ def test_census_of_tiles_agrees_with_every_element(mask: Mask, q_tile: int, kv_t
         assert kind == ("full" if part.all() else "partial" if part.any() else "empty"), (row, column)
 
 
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_what_is_called_empty_or_full_is_so_and_without_global_tokens_nothing_else_is(mask: Mask):
+    q, kv = (x.reshape(-1) for x in np.meshgrid(np.arange(0, 24, 2), np.arange(0, 24, 2), indexing="ij"))
+    q_tile, kv_tile = 4, 6
+    empty, full = mask.extent(q, q + q_tile, kv, kv + kv_tile)
+    rows, columns = np.arange(q_tile)[:, None] + q[:, None, None], np.arange(kv_tile)[None, :] + kv[:, None, None]
+    allowed = np.broadcast_to(mask.allows(rows, columns), (len(q), q_tile, kv_tile))
+    # Where a window and a chunk each leave something, both together may leave nothing.
+    exact = not mask.global_tokens and (mask.window is None or mask.chunk is None)
+    for called, true in ((empty, ~allowed.any(axis=(1, 2))), (full, allowed.all(axis=(1, 2)))):
+        assert (true | ~called).all()
+        assert (called == true).all() or not exact
+
+
 def test_causal_window_allows_exactly_the_last_keys_up_to_the_query():
     allowed = Mask(causal=True, window=3).allows(np.arange(10)[:, None], np.arange(10)[None, :])
     for q in range(10):
