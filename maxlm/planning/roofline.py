@@ -18,6 +18,7 @@ from maxlm.models.flops import distance_flops, forward_flops
 from maxlm.models.weights import Weight, weights_of
 from maxlm.parallel.axes_table import DATA, SEQUENCE, STORED, TOKENS
 from maxlm.planning.context_cost import context_cost
+from maxlm.planning.expert_cost import expert_cost
 from maxlm.planning.layout import Cost, collective_cost, network_of
 from maxlm.planning.memory_model import BYTES, Shapes, chunk_tokens, predicted_memory
 from maxlm.planning.recomputation import Again, again
@@ -251,6 +252,8 @@ class _Step:
             axes = weight.storage_axes(shard_over_data=self.config.mesh.zero == 3)
             gather = self.cost("all-gather", weight.gathered(self.sizes) * self.width, *axes)
             cost += gather * (2 * weight.layers)
+        if name == "mlp":
+            cost += expert_cost(self.config, self.sizes, self.cost, ragged=self.topology.is_tpu)
         gathers = 2 + (1 if repeated.gathers else 0)
         positions = self.cost("all-gather", residual, *SEQUENCE) * gathers
         positions += self.cost("reduce-scatter", residual, *SEQUENCE) * 2
