@@ -59,15 +59,15 @@ class Transport(Protocol):
         """Rows of each local expert `[L]` in a round."""
         ...
 
-    def take(self, x: jax.Array, share: jax.Array, turn: Any) -> tuple[jax.Array, jax.Array]:
-        """The rows of a round by local expert `[M, D]` and their shares `[M]`."""
+    def take(self, x: jax.Array, share: jax.Array | None, turn: Any, /) -> tuple[jax.Array, Any]:
+        """The rows of a round by local expert `[M, D]` and their shares `[M]`; None where none are given."""
         ...
 
-    def put(self, y_MD: jax.Array, into: jax.Array, turn: Any) -> jax.Array:
+    def put(self, y_MD: jax.Array, into: jax.Array, turn: Any, /) -> jax.Array:
         """What was made of a round's rows, added to where `take` had them from."""
         ...
 
-    def put_share(self, share_M: jax.Array, into: jax.Array, turn: Any) -> jax.Array:
+    def put_share(self, share_M: jax.Array, into: jax.Array, turn: Any, /) -> jax.Array:
         """As `put`, of a number a row."""
         ...
 
@@ -89,16 +89,12 @@ def _in_rounds(products: Products, x: jax.Array, share: jax.Array, weights: Any,
 
 
 def _forward(products, x, share, weights, transport):
-    def applied(turn):
-        sizes_L = transport.sizes(turn)
-        return partial(_applied, products, sizes_L), (*transport.take(x, share, turn), weights)
-
     def further(turn, y):
-        run, arguments = applied(turn)
-        return transport.put(run(*arguments), y, turn)
+        x_MD, share_M = transport.take(x, share, turn)
+        return transport.put(products(x_MD, share_M, transport.sizes(turn), weights), y, turn)
 
-    run, arguments = applied(0)
-    y_MD, pull_back = jax.vjp(run, *arguments)
+    x_MD, share_M = transport.take(x, share, 0)
+    y_MD, pull_back = jax.vjp(_with_sizes(products, transport, 0), x_MD, share_M, weights)
     y = transport.put(y_MD, manual.zeros(x.shape, y_MD.dtype, y_MD, x), 0)
     again = (x, share, weights) if transport.most_rounds > 1 else None
     return _further(transport, further, y), (pull_back, again, transport)
@@ -115,8 +111,8 @@ def _backward(products, saved, dy):
     def further(turn, gradients):
         dx, dshare, dweights = gradients
         x, share, weights = again
-        run = partial(_applied, products, transport.sizes(turn))
-        _, pull_back = jax.vjp(run, *transport.take(x, share, turn), weights)
+        x_MD, share_M = transport.take(x, share, turn)
+        _, pull_back = jax.vjp(_with_sizes(products, transport, turn), x_MD, share_M, weights)
         dx_MD, dshare_M, more = pull_back(transport.take(dy, None, turn)[0])
         return (
             transport.put(dx_MD, dx, turn),
@@ -130,8 +126,12 @@ def _backward(products, saved, dy):
 _in_rounds.defvjp(_forward, _backward)
 
 
-def _applied(products: Products, sizes_L: jax.Array, x_MD: jax.Array, share_M: jax.Array, weights: Any) -> jax.Array:
-    return products(x_MD, share_M, sizes_L, weights)
+def _with_sizes(
+    products: Products, transport: Transport, turn: Any
+) -> Callable[[jax.Array, jax.Array, Any], jax.Array]:
+    """`products` of a round's rows, as a function of what has gradients."""
+    sizes_L = transport.sizes(turn)
+    return lambda x_MD, share_M, weights: products(x_MD, share_M, sizes_L, weights)
 
 
 def _further(transport: Transport, run: Callable[[jax.Array, Any], Any], first: Any) -> Any:
@@ -215,21 +215,21 @@ class RaggedExchange(_Exchange):
     def take(self, x_RD: jax.Array, share_R: jax.Array | None, turn: Any) -> tuple[jax.Array, Any]:
         """The rows of a round by local expert `[M, D]` and their shares `[M]`."""
         sizes, sent_from, lands = self.slices(turn)
-        from_here = (self._mine(a, 0).ravel() for a in (sent_from, sizes, lands))
-        where = (*from_here, self._mine(sizes, 1).ravel())
+        begin, send, land = (self._mine(a, 0).ravel() for a in (sent_from, sizes, lands))
+        receive = self._mine(sizes, 1).ravel()
 
         def move(rows: jax.Array) -> jax.Array:
             into = manual.zeros((self.rows, rows.shape[1]), rows.dtype, rows)
-            return jax.lax.ragged_all_to_all(rows, into, *where, axis_name=self.axes)
+            return jax.lax.ragged_all_to_all(rows, into, begin, send, land, receive, axis_name=self.axes)
 
         return move(x_RD), None if share_R is None else move(share_R[:, None])[:, 0]
 
     def put(self, y_MD: jax.Array, into: jax.Array, turn: Any) -> jax.Array:
         """The rows of a round, back in their places of `into` `[R, D]`, whose other rows stay."""
         sizes, sent_from, lands = self.slices(turn)
-        from_here = (self._mine(a, 1).ravel() for a in (lands, sizes, sent_from))
-        where = (*from_here, self._mine(sizes, 0).ravel())
-        return jax.lax.ragged_all_to_all(y_MD.astype(into.dtype), into, *where, axis_name=self.axes)
+        begin, send, land = (self._mine(a, 1).ravel() for a in (lands, sizes, sent_from))
+        receive, rows = self._mine(sizes, 0).ravel(), y_MD.astype(into.dtype)
+        return jax.lax.ragged_all_to_all(rows, into, begin, send, land, receive, axis_name=self.axes)
 
     def put_share(self, share_M: jax.Array, into: jax.Array, turn: Any) -> jax.Array:
         """As `put`, of a number a row."""

@@ -40,8 +40,8 @@ def executions(module: Module) -> Iterator[Execution]:
     """Every instruction that is scheduled, with how often it runs.
 
     Insides of fusions are part of one kernel and are not visited, a loop's condition is not counted, a conditional
-    runs its branch of most cycles, and a loop whose trip count cannot be read (`trip_count` is None) runs once; what
-    only uneven load needs, never.
+    runs its branch of most cycles, a loop whose trip count cannot be read (`trip_count` is None) runs once, and one
+    that only uneven load enters never.
     """
     yield from _run(module, module.entry, 1, 0)
 
