@@ -196,7 +196,9 @@ def _at_once(plan: Plan, visit: Visit, carry: Any, keys: Keys, pass_on: Callable
 
     home, ahead = None, received(plan.steps[0])
     for step, following in zip(plan.steps, (*plan.steps[1:], None), strict=True):
-        here, ahead = ahead, received(following) if following is not None else None
+        here = ahead
+        if following is not None:
+            ahead = received(following)
         carry, found = visit(carry, here, step)
         found = pass_on(found, by=-step.shift)
         widths = (step.first, keys.k.shape[0] - step.stop), (0, 0), (0, 0), (0, 0)

@@ -6,7 +6,9 @@ Bytes of a pass are those of `kernels/ring_attention.py`, by its own plan of ste
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import TYPE_CHECKING
 
 from maxlm.kernels.masks import Mask
@@ -37,19 +39,20 @@ def context_cost(config: RunConfig, sizes: Mapping[str, int], cost: Callable[...
     passes = 1 + again(model).share("attention scores", model)
     rows = shapes.tokens * devices / config.train.seq_len
     both = model.head_width + model.value_width
-    for mask, n_queries, n_keys in _attentions(config):
+    for (mask, n_queries, n_keys), layers in Counter(_attentions(config)).items():
         keys = rows * n_keys / devices * shapes.kv_heads * both
         if model.context_attention == "all_to_all":
             heads = shapes.kv_heads * _repeats(shapes.heads, shapes.kv_heads, devices)
             elements = rows / devices * (n_queries * shapes.heads + n_keys * heads) * both
-            total += cost("all-to-all", elements * width, *axes) * (passes + 1)
+            total += cost("all-to-all", elements * width, *axes) * (layers * (passes + 1))
             continue
         sent, home = ring_shares(mask, devices, n_queries, n_keys)
-        total += cost("collective-permute", keys * width, *axes) * (sent * (passes + 1))
-        total += cost("collective-permute", keys * FLOAT32, *axes) * home
+        total += cost("collective-permute", keys * width, *axes) * (layers * sent * (passes + 1))
+        total += cost("collective-permute", keys * FLOAT32, *axes) * (layers * home)
     return total
 
 
+@cache
 def ring_shares(mask: Mask, devices: int, n_queries: int, n_keys: int) -> tuple[float, float]:
     """How often a device sends as much as its own keys and values are in a pass; and their gradients, in backward."""
     queries, keys = (Tiling(PIECES, n // (PIECES * devices), n // devices) for n in (n_queries, n_keys))

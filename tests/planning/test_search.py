@@ -99,13 +99,19 @@ def test_candidates_are_all_that_the_code_accepts_and_no_others(config, topology
     assert refused == n_refused > 0
 
 
-def test_an_axis_is_searched_as_soon_as_the_code_allows_it(config, topology, everything, monkeypatch):
-    assert {candidate.sizes["context"] for candidate in everything[0]} == {1}
-    monkeypatch.setattr(support, "REFUSALS", tuple(r for r in support.REFUSALS if "context" not in r.feature))
+def test_rows_are_shared_where_they_are_long_or_few_and_the_code_allows_it(config, monkeypatch):
     from maxlm.planning.candidates import meshes
 
-    sizes = {(mesh.context, mesh.expert, mesh.pipeline) for mesh in meshes(config, 8)}
-    assert sizes == {(context, 1, 1) for context in (1, 2, 4, 8)}
+    def contexts(*overrides):
+        return {mesh.context for mesh in meshes(load_config(SOURCE, [*SHORT, *overrides]), 8)}
+
+    long = "train.seq_len=131072", "model.max_seq_len=131072"
+    assert contexts() == {1}
+    assert contexts("train.global_batch_tokens=32768") == {1, 2, 4, 8}
+    assert contexts(*long) == {1, 2, 4, 8}
+    refusal = support.Refusal("mesh.context > 1", "of a test", lambda config: config.mesh.context != 1, "")
+    monkeypatch.setattr(support, "REFUSALS", (*support.REFUSALS, refusal))
+    assert contexts(*long) == {1}
 
 
 def test_a_candidate_is_left_out_only_for_memory_or_time(config, topology, everything):
@@ -254,7 +260,7 @@ def test_a_search_that_was_interrupted_goes_on_where_it_stopped(config, topology
 
 
 def test_no_mesh_that_suits_is_an_error_that_says_what_does_not_divide(topology):
-    config = load_config(SOURCE, ["train.global_batch_tokens=8192"])
+    config = load_config(SOURCE, ["train.global_batch_tokens=8191", "train.seq_len=8191"])
     with pytest.raises(MaxlmError, match=r"no mesh of the 64 devices of v5e:8x8 suits(.|\n)*not a multiple"):
         found(config, topology, planner(topology))
 
