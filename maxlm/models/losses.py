@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from maxlm.data.sentence_pairs import FOLLOWS
 from maxlm.kernels.cross_entropy import cross_entropy, token_losses
 from maxlm.models.config import LossConfig
-from maxlm.models.moe_losses import Routings, counts_of, router_losses
+from maxlm.models.moe_losses import Routings, counts_of, n_routers, router_losses, weighed
 from maxlm.models.transformer import Model, Params, Transformer
 
 Batch = dict[str, jax.Array]
@@ -31,21 +31,29 @@ def next_token_loss(
     is for training: the noise of its routers.
     """
     module = model.bind(params)
-    x_BTD, routings = last_hidden(module, batch, noise_key)
+    return loss_of_hidden(module, *last_hidden(module, batch, noise_key), batch, loss, noise_key)
+
+
+def loss_of_hidden(
+    module: Transformer,
+    x_BTD: jax.Array,
+    routings: Routings,
+    batch: Batch,
+    loss: LossConfig,
+    noise_key: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The same from what `last_hidden` gives; of `routings` it may be a part, whose layers' share is added then."""
     total, parts = _head_loss(module, x_BTD, batch["targets"], batch["weights"], loss, z_loss=loss.z_loss)
-    if model.config.mtp_layers:
+    if module.config.mtp_layers:
         mtp_sum, ahead = _mtp_loss(module, x_BTD, batch, loss, noise_key)
         total, parts, routings = total + mtp_sum, parts | {"mtp_sum": jax.lax.stop_gradient(mtp_sum)}, routings | ahead
     if "next_sentence" in batch:
         next_sum = _next_sentence_loss(module, x_BTD, batch)
         total, parts = total + next_sum, parts | {"next_sentence_sum": jax.lax.stop_gradient(next_sum)}
-    if (moe := model.config.moe) is None:
+    if (moe := module.config.moe) is None:
         return total, parts
-    added = router_losses(moe, routings, batch["weights"])
-    if moe.balance_loss:
-        total = total + moe.balance_loss * added["balance_sum"]
-    if moe.z_loss:
-        total = total + moe.z_loss * added["router_z_sum"]
+    added = router_losses(moe, routings, batch["weights"], n_routers(module.config))
+    total = total + weighed(moe, added)
     return total, {**parts, **jax.lax.stop_gradient(added), "routing": counts_of(routings)}
 
 

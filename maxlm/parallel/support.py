@@ -29,12 +29,6 @@ class Refusal:
 
 REFUSALS = (
     Refusal(
-        "mesh.pipeline > 1",
-        "layers are not yet split into stages",
-        lambda config: config.mesh.pipeline != 1,
-        "set mesh.pipeline=1 and use mesh.fsdp or mesh.tensor",
-    ),
-    Refusal(
         "mesh.expert > 1",
         "experts are not yet spread over devices",
         lambda config: config.mesh.expert != 1,
