@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from maxlm.errors import ConfigError, MaxlmError
 from maxlm.models.config import RematConfig
 from maxlm.parallel import support
+from maxlm.parallel.axes_table import PIPELINE
 from maxlm.parallel.mesh import AXES, MeshConfig, resolve_sizes
 from maxlm.planning.layout import network_of
 from maxlm.planning.memory_model import predicted_memory
@@ -179,9 +180,9 @@ def price(config: RunConfig, topology: Topology, *, own: bool = False) -> Candid
 def meshes(config: RunConfig, n_devices: int) -> Iterator[MeshConfig]:
     """Every mesh of so many devices on the axes that `parallel/support.py` allows.
 
-    `mesh.zero` = 3 is left out: it places everything as `data` = 1 with a larger `fsdp` does.
+    Stages are left out: the roofline does not know their bubble yet. `mesh.zero` = 3 is left out: it places everything as `data` = 1 with a larger `fsdp` does.
     """
-    axes = [axis for axis in AXES if _allowed(config, axis)]
+    axes = [axis for axis in AXES if axis != PIPELINE and _allowed(config, axis)]
     for sizes in factorizations(n_devices, len(axes)):
         named = dict.fromkeys(AXES, 1) | dict(zip(axes, sizes, strict=True))
         for zero in (0, 1) if named["data"] > 1 else (0,):
