@@ -58,9 +58,7 @@ def _backward(dtype: jnp.dtype, length_axis: str, residuals, dx_BTD: jax.Array):
     table_VD, tokens_BT = residuals
     table_spec, tokens_spec, x_spec, stored = _specs(table_VD, length_axis)
     local = partial(_local_gradient, stored=stored, length_axes=sequence_axes(length_axis))
-    run = manual.on_each_device(
-        local, (table_spec, tokens_spec, x_spec), table_spec, checked=not inside_stage()
-    )
+    run = manual.on_each_device(local, (table_spec, tokens_spec, x_spec), table_spec, checked=not inside_stage())
     return run(table_VD, tokens_BT, manual.bring(dx_BTD, x_spec)), None
 
 

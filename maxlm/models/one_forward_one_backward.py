@@ -1,8 +1,8 @@
-"""Pipeline schedule 1F1B: loss and gradients in one pass, with activations of 2 P - 1 microbatches whatever their number.
+"""Pipeline schedule 1F1B: loss and gradients in one pass, with activations of 2 P - 1 microbatches however many run.
 
 All P stages do the same at the same time. Stage s runs microbatch m forward in tick m + s and backward in tick
-m + 2 P - 2 - s, which is the same tick at the last stage. So there are P - 1 ticks of forward alone, M of both, and P - 1
-of backward alone: M + P - 1 forward and as many backward, the least that P stages can do M microbatches in. What
+m + 2 P - 2 - s, which is the same tick at the last stage. So there are P - 1 ticks of forward alone, M of both, and
+P - 1 of backward alone: M + P - 1 forward and as many backward, the least that P stages can do M microbatches in. What
 backward needs of forward is kept in a ring of 2 P - 1 places. There are no branches: what a stage computes while it has
 no microbatch is thrown away.
 
@@ -162,7 +162,7 @@ class _OnStage:
         return context._replace(bias=None), Shared(None, context.bias)
 
     def enter(self, rest: Params, m: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
-        """The residual stream of a microbatch as the first stage takes it, the routers' losses up to there, and parts."""
+        """The residual stream of a microbatch as the first stage takes it, routers' losses up to there, and parts."""
         module, (batch, noise_key) = self.module(rest), self.micro(m)
         context, blocks, config = self.context(rest, batch, noise_key), getattr(module, self.side), self.model.config
         types_BT = batch.get("token_types") if config.token_types else None
@@ -187,7 +187,7 @@ class _OnStage:
         return loss_of_hidden(module, x_BTD, routings, batch, self.loss, noise_key)
 
     def passed(self, made: Made, m: jax.Array) -> tuple[tuple[jax.Array, Any], Any]:
-        """What the routers of the stage's layers add to a microbatch's loss, parts, and the gradients that they give."""
+        """What the routers of the stage's layers add to a microbatch's loss, parts, and the gradients from there."""
         batch, _ = self.micro(m)
         real_l = self.first + jnp.arange(self.turns.per_turn) < self.turns.units
         counts = jax.tree.map(lambda x: jnp.where(_like(real_l, x), x, 0), made.counts)

@@ -161,7 +161,7 @@ def _turn(stage: Stage, turns: Turns):
         own, first, mine, context = arguments(weights, shared, contexts, turn, m)
         dstored, dx_BTD, dmine = stage.backward(own, first, mine, context, kept, dy_BTD, dmade.smooth)
         dstored = jax.tree.map(lambda d, w: _put(d, w, turn), dstored, weights.stored)
-        dencoded = None if shared.encoded_BSD is None else _put(dmine.encoded_BSD, shared.encoded_BSD, m)
+        dencoded = jax.tree.map(lambda d, x: _put(d, x, m), dmine.encoded_BSD, shared.encoded_BSD)
         return Weights(dstored, None), Shared(dencoded, dmine.bias), dx_BTD, None, None, None
 
     run.defvjp(forward, backward)

@@ -1,12 +1,12 @@
 """What one stage of a pipeline computes: some of a segment's layers, forward and backward as functions of their own.
 
 Forward returns what backward needs beside weights and context, as the remat policy has it: schedules keep it for as
-long as they like. Shape letters besides those of `layers.py`: l repeats of the segment's pattern in one turn of a stage.
+long as they like. Shape letters besides those of `layers.py`: l repeats of the segment's pattern in a stage's turn.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ Tree = Any
 
 
 class Weights(NamedTuple):
-    """A stage's layers by stack, arrays stacked: as stored, which gradients are of, and gathered for all ticks or None."""
+    """A stage's layers by stack, arrays stacked: as stored, where gradients go, and gathered for all ticks or None."""
 
     stored: dict[str, Tree]
     gathered: dict[str, Tree] | None
@@ -54,7 +54,8 @@ class Stage:
     remat: RematConfig
     units: int
     per_turn: int
-    _vjps: dict[str, Any] = field(default_factory=dict, compare=False)
+    _structure: dict[str, Any] = field(default_factory=dict, compare=False)
+    """of what forward keeps, known when it has been traced"""
 
     @classmethod
     def of(cls, segment: Segment, blocks: Any, remat: RematConfig, per_turn: int) -> Stage:
@@ -71,9 +72,9 @@ class Stage:
         def body(x_BTD, inputs):
             number, own = inputs
             (y_BTD, smooth), vjp, counts = self._vjp(own, number, x_BTD, shared, context)
-            self._vjps["forward"] = replace(vjp, args_res=(), opaque_residuals=())
-            # Of the arguments, backward is given all others again.
-            kept = jax.tree.leaves(vjp.args_res[1]), vjp.opaque_residuals
+            # Of the arguments that it saved (docs.jax.dev, "First-class VJPs"), backward is given all others again.
+            vjp.args_res = [(), vjp.args_res[1], (), (), (), ()]
+            kept, self._structure["vjp"] = jax.tree.flatten(vjp)
             return y_BTD, (Made(smooth, counts), kept)
 
         x_BTD, (made, kept) = jax.lax.scan(body, x_BTD, (self._numbers(first), weights))
@@ -83,14 +84,12 @@ class Stage:
         self, weights: Weights, first: jax.Array, shared: Shared, context: Context, kept: Tree, dx_BTD, dsmooth
     ) -> tuple[dict[str, Tree], jax.Array, Shared]:
         """Gradients by the stored weights, the residual stream and what is shared."""
-        skeleton = self._vjps["forward"]
 
         def body(carry, inputs):
             dx_BTD, dshared = carry
-            number, own, (x, opaque), dsmooth = inputs
-            # Where backward does not need the input, anything stands in its place.
-            arguments = [own.stored, x[0] if x else dx_BTD, shared, own.gathered, context, number]
-            vjp = replace(skeleton, args_res=arguments, opaque_residuals=opaque)
+            number, own, kept, dsmooth = inputs
+            vjp = jax.tree.unflatten(self._structure["vjp"], kept)
+            vjp.args_res = [own.stored, vjp.args_res[1], shared, own.gathered, context, number]
             dstored, dx_BTD, dmore, *_ = vjp((dx_BTD, dsmooth))
             return (dx_BTD, jax.tree.map(jnp.add, dshared, dmore)), dstored
 
@@ -102,7 +101,9 @@ class Stage:
     def _numbers(self, first: jax.Array) -> jax.Array:
         return first + jnp.arange(self.per_turn, dtype=jnp.int32)
 
-    def _vjp(self, own: Weights, number, x_BTD, shared: Shared, context: Context):
+    def _vjp(self, own: Weights, number, x_BTD, shared: Shared, context: Context) -> tuple[Any, Any, Any]:
+        """One repeat of the pattern: the residual stream and what of routing is smooth, its vjp, and the rest."""
+
         def pattern(stored, x_BTD, shared, gathered, context, number):
             made, y_BTD = {}, x_BTD
             for stack in self.segment:

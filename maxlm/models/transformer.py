@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -107,9 +107,11 @@ class Transformer(nnx.Module):
         config: ModelConfig,
         precision: PrecisionConfig,
         key: jax.Array,
-        pipeline: PipelineConfig = PipelineConfig(),  # noqa: B008
+        pipeline: PipelineConfig | None = None,
     ):
-        self.config, self.dtype, self.pipeline = config, jnp.dtype(precision.compute), pipeline
+        """`pipeline`: how stages take turns, on meshes that have more than one."""
+        self.config, self.dtype = config, jnp.dtype(precision.compute)
+        self.pipeline = pipeline or PipelineConfig()
         init = Initializer(key, jnp.dtype(precision.parameters))
         self.embedding = Embedding(config, self.dtype, init.at("embedding"))
         for side, kinds in config.sides.items():
@@ -357,7 +359,7 @@ class Model:
 
     config: ModelConfig
     precision: PrecisionConfig
-    pipeline: PipelineConfig = PipelineConfig()
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     """how stages take turns, on meshes that have more than one"""
 
     @cached_property

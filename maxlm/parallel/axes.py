@@ -29,7 +29,7 @@ def n_stages() -> int:
 
 
 def inside_stage() -> bool:
-    """Whether what is traced runs on each stage by itself: then no sharding may name their axis, and collectives may."""
+    """Whether what is traced runs on each stage by itself: no sharding may name their axis there; collectives may."""
     return PIPELINE in jax.sharding.get_abstract_mesh().manual_axes
 
 

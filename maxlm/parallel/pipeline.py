@@ -121,5 +121,3 @@ def _innermost(x: jax.Array) -> list[Any]:
 def _without_stages(x: jax.Array) -> list[Any]:
     kept = (tuple(axis for axis in names_in(entry) if axis != PIPELINE) for entry in _entries(x))
     return [axes or None for axes in kept]
-
-

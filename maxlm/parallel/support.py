@@ -49,9 +49,7 @@ REFUSALS = (
     Refusal(
         "pipeline.schedule = '1f1b' with mesh.pipeline > 1 and model.positions = 'relative'",
         "layers of all stages share the table of distances, and its gradient is not passed on",
-        lambda config: (
-            _staged(config) and config.pipeline.schedule == "1f1b" and config.model.positions == "relative"
-        ),
+        lambda config: _staged(config) and config.pipeline.schedule == "1f1b" and config.model.positions == "relative",
         "set pipeline.schedule=gpipe or interleaved",
     ),
     Refusal(

@@ -180,7 +180,8 @@ def price(config: RunConfig, topology: Topology, *, own: bool = False) -> Candid
 def meshes(config: RunConfig, n_devices: int) -> Iterator[MeshConfig]:
     """Every mesh of so many devices on the axes that `parallel/support.py` allows.
 
-    Stages are left out: the roofline does not know their bubble yet. `mesh.zero` = 3 is left out: it places everything as `data` = 1 with a larger `fsdp` does.
+    Stages are left out: the roofline does not know their bubble yet. `mesh.zero` = 3 is left out too: it places
+    everything as `data` = 1 with a larger `fsdp` does.
     """
     axes = [axis for axis in AXES if axis != PIPELINE and _allowed(config, axis)]
     for sizes in factorizations(n_devices, len(axes)):

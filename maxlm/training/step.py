@@ -12,8 +12,8 @@ import optax
 
 from maxlm.models.config import LossConfig, ModelConfig
 from maxlm.models.losses import Batch, next_token_loss
-from maxlm.models.one_forward_one_backward import loss_and_gradients
 from maxlm.models.moe_losses import rebalanced, routing_metrics
+from maxlm.models.one_forward_one_backward import loss_and_gradients
 from maxlm.models.transformer import Model, Params
 from maxlm.parallel.axes import activation_spec, n_stages
 from maxlm.training.config import OptimizerConfig, SpikeConfig, TrainConfig

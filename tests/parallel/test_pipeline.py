@@ -189,7 +189,7 @@ def scans_over_ticks(schedule, microbatches, stages, **keys):
 
     def visit(jaxpr, inside):
         for equation in jaxpr.eqns:
-            staged = inside or "pipeline" in (equation.params.get("newly_manual_axes") or ())
+            staged = inside or set(equation.params.get("newly_manual_axes") or ()) == {"pipeline"}
             if equation.primitive.name == "scan" and inside:
                 found.append(equation.params["length"])
                 continue
