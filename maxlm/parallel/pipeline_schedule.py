@@ -95,15 +95,24 @@ class Turns:
 
     @property
     def passed_on(self) -> int:
-        """How often a microbatch's residual stream goes from a stage to the next in a step, there and back."""
-        ticks = self.forward_ticks
-        return 2 * ticks if self.schedule != "1f1b" else 2 * (self.stages - 1 + self.microbatches)
+        """How often a stage hands a microbatch's residual stream (or its gradient) to the next in a step."""
+        return 2 * self.forward_ticks
 
     def gathers(self, config: PipelineConfig) -> tuple[int, int]:
-        """How often a step gathers each of a stage's weights over what stores it, and scatters its gradient.
+        """How often a step gathers the weights of a turn, a V-th of the stage's, and how often it scatters gradients.
 
-        By `layer` a tick gathers in forward and in backward (gathered weights are never kept), by `step` it is once a
-        step. Gradients are scattered in every tick of backward.
+        By `layer` a tick gathers in forward and in backward (gathered weights are never kept), by `step` each weight
+        once. Gradients are scattered in every tick of backward.
         """
-        ticks = self.microbatches + self.stages - 1 if self.schedule == "1f1b" else self.forward_ticks
-        return (1 if config.gather_weights == "step" else 2 * ticks), ticks
+        ticks = self.forward_ticks
+        return (self.repeats if config.gather_weights == "step" else 2 * ticks), ticks
+
+    def gathered_bytes(self, config: PipelineConfig, stage_bytes: float, shards: int) -> tuple[float, float]:
+        """Bytes that a device receives in a step for gathered weights, and for scattered gradients.
+
+        `stage_bytes` are those of a stage's weights once gathered, in the compute format; `shards` the devices that
+        store them in pieces (`mesh.fsdp` and what stores besides, stages apart).
+        """
+        turn_bytes = stage_bytes / self.repeats * (shards - 1) / shards
+        gathers, scatters = self.gathers(config)
+        return gathers * turn_bytes, scatters * turn_bytes

@@ -72,10 +72,15 @@ def test_more_repeats_make_a_smaller_bubble_and_more_passing_on():
     assert twice.passed_on > once.passed_on
 
 
-def test_gathering_once_a_step_is_one_gather_and_by_layer_two_a_tick():
-    found = turns("1f1b", 4, 8)
-    assert found.gathers(PipelineConfig(gather_weights="step")) == (1, 11)
-    assert found.gathers(PipelineConfig(gather_weights="layer")) == (22, 11)
+@pytest.mark.parametrize(("schedule", "repeats"), [("1f1b", 1), ("gpipe", 1), ("interleaved", 3)])
+def test_gathering_once_a_step_moves_each_weight_once_and_by_layer_twice_a_tick(schedule, repeats):
+    found = turns(schedule, 4, 8, repeats)
+    once, by_layer = PipelineConfig(gather_weights="step"), PipelineConfig(gather_weights="layer")
+    # Of a stage's 1200 bytes, each of 4 devices has 300.
+    assert found.gathered_bytes(once, 1200, 4)[0] == 900
+    ticks = 8 * repeats + 3
+    assert found.gathered_bytes(by_layer, 1200, 4) == pytest.approx((2 * ticks * 900 / repeats, ticks * 900 / repeats))
+    assert found.gathered_bytes(once, 1200, 4)[1] == found.gathered_bytes(by_layer, 1200, 4)[1]
 
 
 @pytest.mark.parametrize(("schedule", "repeats"), [("1f1b", 2), ("gpipe", 2), ("interleaved", 1)])
