@@ -250,9 +250,14 @@ def show_config(args: argparse.Namespace) -> None:
     elif args.presets:
         print_table(preset_rows(), args.json)
     elif args.support:
-        from maxlm.parallel.support import table
+        from maxlm.parallel.support import reasons, table
 
-        print_table(table(), args.json)
+        if args.json:
+            print_json({"features": table(), "refused": reasons()})
+        else:
+            print_table(table(), False)
+            print()
+            print_table(reasons(), False)
     elif args.config is None:
         raise ConfigError("no config: give a file or a preset's name, or one of --presets, --help-keys, --support")
     elif args.json:

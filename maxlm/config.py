@@ -25,6 +25,7 @@ from maxlm.models.config import LossConfig, ModelConfig, PrecisionConfig
 from maxlm.models.flops import RowLengths
 from maxlm.parallel.distributed import DistributedConfig
 from maxlm.parallel.mesh import MeshConfig
+from maxlm.parallel.pipeline_schedule import PipelineConfig
 from maxlm.parallel.support import check as check_support
 from maxlm.section import Section, key
 from maxlm.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
@@ -71,6 +72,7 @@ class RunConfig(Section):
     precision: PrecisionConfig = key(PrecisionConfig(), "number formats")
     loss: LossConfig = key(LossConfig(), "cross-entropy")
     mesh: MeshConfig = key(MeshConfig(), "how many devices each parallelism gets")
+    pipeline: PipelineConfig = key(PipelineConfig(), "how the stages of mesh.pipeline take turns")
     distributed: DistributedConfig = key(DistributedConfig(), "how processes find each other")
     checkpoint: CheckpointConfig = key(CheckpointConfig(), "what is saved, when, and what is kept")
     metrics: MetricsConfig = key(MetricsConfig(), "what is logged, and where")

@@ -112,7 +112,9 @@ CASES = {
     "heads that do not divide": (train("model.n_kv_heads=3"), 2, r"n_heads = 4.*n_kv_heads = 3"),
     "a batch of half rows": (train("train.global_batch_tokens=100"), 2, r"global_batch_tokens = 100"),
     "a row longer than the model": (train("train.seq_len=64", "train.global_batch_tokens=512"), 2, r"seq_len.*64"),
-    "pipeline": (train("mesh.pipeline=2"), 2, r"mesh\.pipeline.*refused"),
+    "a pipeline and rows that do not divide": (
+        train("mesh.pipeline=2", "pipeline.microbatches=3"), 2, r"pipeline\.microbatches = 3.*rows"
+    ),
     "experts without experts": (train("mesh.expert=2"), 2, r"mesh\.expert.*refused"),
     "context": (train("mesh.context=2"), 2, r"mesh\.context.*refused"),
     "a mesh of too many devices": (train("mesh.data=16"), 6, r"16 devices and there are 8"),

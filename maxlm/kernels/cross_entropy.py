@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from maxlm.kernels import manual
-from maxlm.parallel.axes import activation_spec, mesh_axes, sequence_axes, token_axes
+from maxlm.parallel.axes import activation_spec, inside_stage, mesh_axes, n_stages, sequence_axes, token_axes
 
 # Bytes of one chunk's float32 logits, and the fewest tokens whose products are still efficient. On a CPU the devices of
 # a mesh are simulated and share one memory, so the bytes are for all of them. On an accelerator every chunk reads and
@@ -123,16 +123,16 @@ def logits(
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _summed(x, w, bias, targets, weights, how: _How):
-    run = manual.on_each_device(
-        partial(_local_sums, how=how, w_axes=manual.axes_of(w, 1)), _in_specs(w), PartitionSpec()
-    )
+    local = partial(_local_sums, how=how, w_axes=manual.axes_of(w, 1))
+    run = manual.on_each_device(local, _in_specs(w), PartitionSpec(), checked=not inside_stage())
     return _with_total(run(x, w, bias, targets, weights))
 
 
 def _summed_forward(x, w, bias, targets, weights, how: _How):
     in_specs = _in_specs(w)
     out_specs = (PartitionSpec(), *in_specs[:3], in_specs[4])
-    run = manual.on_each_device(partial(_local_gradients, how=how, w_axes=manual.axes_of(w, 1)), in_specs, out_specs)
+    local = partial(_local_gradients, how=how, w_axes=manual.axes_of(w, 1))
+    run = manual.on_each_device(local, in_specs, out_specs, checked=not inside_stage())
     sums, dx, dw, dbias, dweights = run(x, w, bias, targets, weights)
     # Nothing needs the head's gradient before the optimizer, and compilers put it off until then, with logits or a
     # whole float32 gradient alive during all of the layers' backward pass. It is to be there, and scattered, before.
@@ -226,6 +226,7 @@ def _local_gradients(x_BTD, w_VD, bias_V, targets_BT, weights_BT, *, how: _How, 
     (sums, dw, dbias), (dx_CND, dweight_CN) = jax.lax.scan(body, (sums, dw, dbias), chunks)
     dx_BTD = dx_CND.reshape(-1, x_BTD.shape[-1])[:n_tokens].reshape(*weights_BT.shape, -1)
     dx_BTD = manual.scattered_total(dx_BTD, sequence_axes(), 1)
+    dx_BTD = manual.total(dx_BTD, tuple(axis for axis in mesh_axes("vocab") if axis not in sequence_axes()))
     # Between devices it travels in the format of the products, as the gradients of all gathered weights do.
     dw = manual.scattered_total(dw.astype(x_BTD.dtype), w_axes, 1)
     dw = manual.total(dw, tuple(axis for axis in token_axes() if axis not in w_axes))
@@ -335,14 +336,14 @@ def _token_spec() -> PartitionSpec:
 def _bring(x_BTD: jax.Array, w_VD: jax.Array, bias_V: jax.Array | None, targets_BT: jax.Array) -> tuple[Any, ...]:
     x_BTD = manual.bring(x_BTD, activation_spec("batch", "residual_length", None))
     stored = tuple(axis for axis in manual.axes_of(w_VD, 1) if axis in token_axes())
-    w_VD = manual.bring(w_VD, PartitionSpec(mesh_axes("vocab"), stored or None))
+    w_VD = manual.bring(w_VD, PartitionSpec(*activation_spec("vocab"), stored or None))
     if bias_V is not None:
         bias_V = manual.bring(bias_V, activation_spec("vocab"))
     return x_BTD, w_VD, bias_V, manual.bring(targets_BT, _token_spec())
 
 
 def _in_specs(w_VD: jax.Array) -> tuple[PartitionSpec, ...]:
-    w_spec = PartitionSpec(mesh_axes("vocab"), manual.axes_of(w_VD, 1) or None)
+    w_spec = PartitionSpec(*activation_spec("vocab"), manual.axes_of(w_VD, 1) or None)
     x_spec = activation_spec("batch", "residual_length", None)
     return x_spec, w_spec, activation_spec("vocab"), _token_spec(), _token_spec()
 
@@ -353,8 +354,9 @@ def _check(x: jax.Array, w: jax.Array, targets: jax.Array, vocab_size: int, chun
         problems.append(f"targets {targets.shape} do not fit x {x.shape}")
     if w.ndim != 2 or w.shape[1] != x.shape[2]:
         problems.append(f"the output projection {w.shape} does not fit x {x.shape}")
-    if not 0 < vocab_size <= w.shape[0]:
-        problems.append(f"vocab_size {vocab_size} is not between 1 and the {w.shape[0]} rows of the output projection")
+    rows = w.shape[0] * (n_stages() if inside_stage() else 1)
+    if not 0 < vocab_size <= rows:
+        problems.append(f"vocab_size {vocab_size} is not between 1 and the {rows} rows of the output projection")
     if chunk_tokens is not None and chunk_tokens < 1:
         problems.append(f"chunk_tokens is {chunk_tokens}; give at least 1, or None")
     if problems:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from maxlm.kernels import manual
-from maxlm.parallel.axes import activation_spec, mesh_axes, sequence_axes, token_axes
+from maxlm.parallel.axes import activation_spec, inside_stage, mesh_axes, sequence_axes, token_axes
 
 # Tokens whose gradients are added to the table's at once. They are those of all devices that share its width, which is
 # then narrow, and a TPU fills its 128 lanes up: eight times the bytes where 256 devices share 4,096 columns.
@@ -37,7 +37,7 @@ def embed(
     if table_VD.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
         raise ValueError(f"embed: a table {table_VD.shape} by tokens of {tokens_BT.dtype}; need [V, D] by integers")
     stored = tuple(axis for axis in manual.axes_of(table_VD, 1) if axis in token_axes())
-    table_VD = manual.bring(table_VD, PartitionSpec(mesh_axes("vocab"), stored or None))
+    table_VD = manual.bring(table_VD, PartitionSpec(*activation_spec("vocab"), stored or None))
     tokens_BT = manual.bring(tokens_BT, activation_spec("batch", "length"))
     return _embed(table_VD, tokens_BT, jnp.dtype(dtype or table_VD.dtype), length_axis)
 
@@ -46,7 +46,8 @@ def embed(
 def _embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, length_axis: str) -> jax.Array:
     table_spec, tokens_spec, x_spec, stored = _specs(table_VD, length_axis)
     local = partial(_local_lookup, dtype=dtype, stored=stored, length_axes=sequence_axes(length_axis))
-    return manual.on_each_device(local, (table_spec, tokens_spec), x_spec)(table_VD, tokens_BT)
+    run = manual.on_each_device(local, (table_spec, tokens_spec), x_spec, checked=not inside_stage())
+    return run(table_VD, tokens_BT)
 
 
 def _forward(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, length_axis: str):
@@ -57,7 +58,7 @@ def _backward(dtype: jnp.dtype, length_axis: str, residuals, dx_BTD: jax.Array):
     table_VD, tokens_BT = residuals
     table_spec, tokens_spec, x_spec, stored = _specs(table_VD, length_axis)
     local = partial(_local_gradient, stored=stored, length_axes=sequence_axes(length_axis))
-    run = manual.on_each_device(local, (table_spec, tokens_spec, x_spec), table_spec)
+    run = manual.on_each_device(local, (table_spec, tokens_spec, x_spec), table_spec, checked=not inside_stage())
     return run(table_VD, tokens_BT, manual.bring(dx_BTD, x_spec)), None
 
 
@@ -69,10 +70,8 @@ def _local_lookup(table_VD, tokens_BT, *, dtype, stored: manual.Axes, length_axe
     x_ND = jnp.where(here_N[:, None], table_VD.at[rows_N].get(mode="promise_in_bounds").astype(dtype), 0)
     x_BTD = x_ND.reshape(-1, tokens_BT.shape[1], x_ND.shape[1])
     # Each token is in one part of the vocabulary, so this sum only adds zeros.
-    if length_axes:
-        x_BTD = manual.scattered_total(x_BTD, length_axes, 1)
-    else:
-        x_BTD = manual.total(x_BTD, mesh_axes("vocab"))
+    x_BTD = manual.scattered_total(x_BTD, length_axes, 1)
+    x_BTD = manual.total(x_BTD, tuple(axis for axis in mesh_axes("vocab") if axis not in length_axes))
     return manual.exchanged(x_BTD, stored, split=0, join=2)
 
 
@@ -113,5 +112,5 @@ def _pieces(n_tokens: int) -> int:
 
 def _specs(table_VD: jax.Array, length_axis: str):
     stored = manual.axes_of(table_VD, 1)
-    table_spec = PartitionSpec(mesh_axes("vocab"), stored or None)
+    table_spec = PartitionSpec(*activation_spec("vocab"), stored or None)
     return table_spec, activation_spec("batch", "length"), activation_spec("batch", length_axis, None), stored

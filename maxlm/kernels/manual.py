@@ -20,14 +20,21 @@ def has_mesh() -> bool:
 
 
 def on_each_device(f: Callable[..., Any], in_specs: Any, out_specs: Any, *, checked: bool = True) -> Callable[..., Any]:
-    """`f` on every device's share of its arguments, manual over all axes of the current mesh.
+    """`f` on every device's share of its arguments, manual over all axes of the current mesh that are not yet.
 
     On a mesh of one device nothing varies and no collective below does anything, so there is nothing to check.
     `checked=False` is for code that does not say what varies, such as the Pallas kernels of a library.
     """
     if not has_mesh():
         return f
-    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=checked and n_devices() > 1)
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(
+        f,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        check_vma=checked and n_devices() > 1,
+    )
 
 
 def bring(x: jax.Array, spec: PartitionSpec) -> jax.Array:

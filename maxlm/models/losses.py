@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from maxlm.data.sentence_pairs import FOLLOWS
 from maxlm.kernels.cross_entropy import cross_entropy, token_losses
-from maxlm.models.config import LossConfig
-from maxlm.models.moe_losses import Routings, counts_of, router_losses
+from maxlm.models.config import LossConfig, ModelConfig
+from maxlm.models.moe_losses import Routings, counts_of, n_routers, router_losses, weighed
 from maxlm.models.row_order import gathered, laid_out
 from maxlm.models.transformer import Model, Params, Transformer
 
@@ -32,28 +32,39 @@ def next_token_loss(
     each times its weight, and the parts "balance_sum", "router_z_sum" and "routing" (see `moe_losses.py`). `noise_key`
     is for training: the noise of its routers.
     """
-    module, whole, batch = model.bind(params), batch, _laid_out(model, batch)
-    x_BTD, routings = last_hidden(module, batch, noise_key)
+    module = model.bind(params)
+    x_BTD, routings = last_hidden(module, batch_laid_out(model.config, batch), noise_key)
+    return loss_of_hidden(module, x_BTD, routings, batch, loss, noise_key)
+
+
+def loss_of_hidden(
+    module: Transformer,
+    x_BTD: jax.Array,
+    routings: Routings,
+    whole: Batch,
+    loss: LossConfig,
+    noise_key: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The same from what `last_hidden` gives, and the batch with its rows in their own order; of `routings` it may be a
+    part, whose layers' share is added then."""
+    batch = batch_laid_out(module.config, whole)
     total, parts = _head_loss(module, x_BTD, batch["targets"], batch["weights"], loss, z_loss=loss.z_loss)
-    if model.config.mtp_layers:
+    if module.config.mtp_layers:
         mtp_sum, ahead = _mtp_loss(module, x_BTD, batch, whole, loss, noise_key)
         total, parts, routings = total + mtp_sum, parts | {"mtp_sum": jax.lax.stop_gradient(mtp_sum)}, routings | ahead
     if "next_sentence" in batch:
         next_sum = _next_sentence_loss(module, x_BTD, whole)
         total, parts = total + next_sum, parts | {"next_sentence_sum": jax.lax.stop_gradient(next_sum)}
-    if (moe := model.config.moe) is None:
+    if (moe := module.config.moe) is None:
         return total, parts
-    added = router_losses(moe, routings, batch["weights"])
-    if moe.balance_loss:
-        total = total + moe.balance_loss * added["balance_sum"]
-    if moe.z_loss:
-        total = total + moe.z_loss * added["router_z_sum"]
+    added = router_losses(moe, routings, batch["weights"], n_routers(module.config))
+    total = total + weighed(moe, added)
     return total, {**parts, **jax.lax.stop_gradient(added), "routing": counts_of(routings)}
 
 
-def _laid_out(model: Model, batch: Batch) -> Batch:
+def batch_laid_out(config: ModelConfig, batch: Batch) -> Batch:
     """The arrays that the model takes, as their rows lie on the mesh."""
-    return {name: laid_out(model.config, x_BT) for name, x_BT in batch.items()}
+    return {name: laid_out(config, x_BT) for name, x_BT in batch.items()}
 
 
 def _mtp_loss(
@@ -111,7 +122,7 @@ def _head_loss(
 
 def token_negative_log_likelihoods(model: Model, params: Params, batch: Batch, loss: LossConfig) -> jax.Array:
     """The cross-entropy of every target, in nats, `[B, T]` float32, without gradients."""
-    module, batch = model.bind(params), _laid_out(model, batch)
+    module, batch = model.bind(params), batch_laid_out(model.config, batch)
     losses_BT = token_losses(
         module.head_input(last_hidden(module, batch)[0]),
         module.head_weight(),

@@ -19,16 +19,18 @@ Counts = dict[str, dict[str, jax.Array]]
 """Of each stack and layer, sums over a batch: `load` [L, E], `dropped`, `entropy` and `tokens` [L]."""
 
 
-def router_losses(config: MoEConfig, routings: Routings, weights_BT: jax.Array) -> dict[str, jax.Array]:
+def router_losses(
+    config: MoEConfig, routings: Routings, weights_BT: jax.Array, n_layers: int | None = None
+) -> dict[str, jax.Array]:
     """{"balance_sum", "router_z_sum"}: both losses, unweighted, times the batch's target weights, float32.
 
     Divided by the target weights of a whole step, they are means over its rows, each counted by its targets, whatever
-    the microbatches and the mesh. Both are means over the layers that have experts. The balancing loss over a batch is
-    not of single rows: it takes a step in one batch.
+    the microbatches and the mesh. Both are means over the layers that have experts: these, or `n_layers` where these
+    are some of them. The balancing loss over a batch is not of single rows: it takes a step in one batch.
     """
     weight_B = jnp.sum(weights_BT, axis=1)
     layers = [jax.tree.map(lambda x: x.astype(jnp.float32), routing) for routing in routings.values()]
-    n_layers = sum(routing.tokens_B.shape[0] for routing in layers)
+    n_layers = n_layers or sum(routing.tokens_B.shape[0] for routing in layers)
     nothing = jnp.zeros(())
     z = sum((jnp.sum(weight_B * routing.z_B / jnp.maximum(routing.tokens_B, 1.0)) for routing in layers), nothing)
     if config.balance_loss_over == "sequence":
@@ -40,6 +42,22 @@ def router_losses(config: MoEConfig, routings: Routings, weights_BT: jax.Array) 
         ]
         balance = jnp.sum(weight_B) * sum((jnp.sum(balance_loss(*sums)) for sums in whole), nothing)
     return {"balance_sum": balance / n_layers, "router_z_sum": z / n_layers}
+
+
+def n_routers(config: ModelConfig) -> int:
+    """Layers with experts, those of modules that predict further ahead among them."""
+    stacks = sum(len(stack.layers) for segment in config.segments for stack in segment if stack.kind.experts)
+    return stacks + config.mtp_layers * config.layer_kinds[-1].experts
+
+
+def weighed(config: MoEConfig, losses: dict[str, jax.Array]) -> jax.Array:
+    """What both losses add to the loss."""
+    total = jnp.zeros(())
+    if config.balance_loss:
+        total = total + config.balance_loss * losses["balance_sum"]
+    if config.z_loss:
+        total = total + config.z_loss * losses["router_z_sum"]
+    return total
 
 
 def balance_loss(load_E: jax.Array, probability_E: jax.Array, n_tokens: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -21,10 +21,12 @@ from maxlm.models.cross_attention import encoded_caches
 from maxlm.models.heads import Head, NextSentence
 from maxlm.models.layers import Initializer, model_norm, use
 from maxlm.models.mtp import MTPModule, run_module
+from maxlm.models.pipeline import longest, run_pipelined
 from maxlm.models.positions import alibi_slopes, distance_sinusoids, rope_angles, sinusoids
 from maxlm.models.routing import Routing
-from maxlm.models.stacks import places, segments
-from maxlm.parallel.axes import activation_spec, constrain, weight_spec
+from maxlm.models.stacks import Segment, places, segments
+from maxlm.parallel.axes import activation_spec, constrain, n_stages, shards_of, weight_spec
+from maxlm.parallel.pipeline_schedule import PipelineConfig
 
 Params = dict[str, Any]
 
@@ -100,8 +102,16 @@ class Transformer(nnx.Module):
     encoder: nnx.Dict
     decoder: nnx.Dict
 
-    def __init__(self, config: ModelConfig, precision: PrecisionConfig, key: jax.Array):
+    def __init__(
+        self,
+        config: ModelConfig,
+        precision: PrecisionConfig,
+        key: jax.Array,
+        pipeline: PipelineConfig | None = None,
+    ):
+        """`pipeline`: how stages take turns, on meshes that have more than one."""
         self.config, self.dtype = config, jnp.dtype(precision.compute)
+        self.pipeline = pipeline or PipelineConfig()
         init = Initializer(key, jnp.dtype(precision.parameters))
         self.embedding = Embedding(config, self.dtype, init.at("embedding"))
         for side, kinds in config.sides.items():
@@ -208,7 +218,7 @@ class Transformer(nnx.Module):
         tokens_VD = self.embedding.tokens[...]
         x_BSD = self.encoder_embedding(tokens_BS, positions_BS, context, tokens_VD=tokens_VD)
         for segment in segments(self.config.sides["encoder"]):
-            x_BSD, *_ = run_segment(segment, self.encoder, x_BSD, context, None, self.config.remat)
+            x_BSD, *_ = self._run(segment, "encoder", x_BSD, context)
         if self.config.norm_placement != "post":
             x_BSD = self.encoder_norm(x_BSD)
         return Encoded(x_BSD, segments_BS)
@@ -282,12 +292,28 @@ class Transformer(nnx.Module):
         written: Caches = {}
         routings: dict[str, Routing] = {}
         for segment in self.config.segments:
-            x_BTD, new, routed = run_segment(
-                segment, getattr(self, side), x_BTD, context, caches, self.config.remat, made
-            )
+            x_BTD, new, routed = self._run(segment, side, x_BTD, context, caches, made)
             written |= new or {}
             routings |= routed
         return x_BTD if self.config.norm_placement == "post" else self.final_norm(x_BTD), written, routings
+
+    def _run(
+        self,
+        segment: Segment,
+        side: str,
+        x_BTD: jax.Array,
+        context: Context,
+        caches: Caches | None = None,
+        encoded: Mapping[str, LayerCache] | None = None,
+    ) -> tuple[jax.Array, Caches | None, dict[str, Routing]]:
+        """A segment of a side: the longest by stages where the mesh has some and rows can be cut into microbatches."""
+        blocks, remat = getattr(self, side), self.config.remat
+        if caches is None and n_stages() > 1 and segment == longest(segments(self.config.sides[side])):
+            cut = (self.pipeline.microbatches or 2 * n_stages()) * shards_of("batch", jax.sharding.get_abstract_mesh())
+            if x_BTD.shape[0] % cut == 0:
+                x_BTD, routings = run_pipelined(segment, blocks, x_BTD, context, remat, self.pipeline)
+                return x_BTD, None, routings
+        return run_segment(segment, blocks, x_BTD, context, caches, remat, encoded)
 
     def _context(
         self, side: str, positions_BT, segments_BT, lengths_B: jax.Array | None = None, **further: jax.Array | None
@@ -333,10 +359,13 @@ class Model:
 
     config: ModelConfig
     precision: PrecisionConfig
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    """how stages take turns, on meshes that have more than one"""
 
     @cached_property
     def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
-        return nnx.split(nnx.eval_shape(lambda: Transformer(self.config, self.precision, jax.random.key(0))))
+        make = lambda: Transformer(self.config, self.precision, jax.random.key(0), self.pipeline)  # noqa: E731
+        return nnx.split(nnx.eval_shape(make))
 
     def init(self, key: jax.Array) -> Params:
         """New parameters; the same for the same key on every mesh. To be jitted."""

@@ -13,14 +13,24 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import PartitionSpec, reshard
 
-from maxlm.parallel.axes_table import ACTIVATIONS, DATA, SEQUENCE, STORAGE_NAMES, TOKENS, WEIGHTS
+from maxlm.parallel.axes_table import ACTIVATIONS, DATA, PIPELINE, SEQUENCE, STORAGE_NAMES, TOKENS, WEIGHTS
 
 LogicalAxes = Sequence[str | None]
 
 
 def mesh_axes(name: str) -> tuple[str, ...]:
-    """The mesh axes over which an activation's logical axis is sharded."""
-    return ACTIVATIONS[name]
+    """The mesh axes over which an activation's logical axis is sharded; without that of stages where there is one."""
+    return tuple(axis for axis in ACTIVATIONS[name] if axis != PIPELINE or n_stages() > 1)
+
+
+def n_stages() -> int:
+    """Stages of the current mesh; 1 without a mesh."""
+    return jax.sharding.get_abstract_mesh().shape.get(PIPELINE, 1)
+
+
+def inside_stage() -> bool:
+    """Whether what is traced runs on each stage by itself: no sharding may name their axis there; collectives may."""
+    return PIPELINE in jax.sharding.get_abstract_mesh().manual_axes
 
 
 def token_axes() -> tuple[str, ...]:
@@ -40,7 +50,12 @@ def sequence_axes(length: str = "residual_length") -> tuple[str, ...]:
 
 def activation_spec(*logical: str | None) -> PartitionSpec:
     """The sharding of an activation by its logical axes; None is an axis that no device shares."""
-    return PartitionSpec(*(_entry(ACTIVATIONS[name]) if name else None for name in logical))
+    inside = inside_stage()
+
+    def sharing(name: str) -> tuple[str, ...]:
+        return tuple(axis for axis in mesh_axes(name) if not (inside and axis == PIPELINE))
+
+    return PartitionSpec(*(_entry(sharing(name)) if name else None for name in logical))
 
 
 def weight_spec(logical: LogicalAxes, *, shard_over_data: bool = False) -> PartitionSpec:

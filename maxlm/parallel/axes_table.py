@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+PIPELINE = "pipeline"
+"""The mesh axis of stages."""
+
 # Axes that shard a weight only while it rests; `gather` takes them away where the weight is used.
-STORED = ("pipeline", "fsdp", "expert", "context")
+STORED = (PIPELINE, "fsdp", "expert", "context")
 # That does so besides under `mesh.zero`.
 DATA = ("data",)
 
@@ -45,7 +48,8 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "exchanged_heads": ("tensor", "context"),
     "head_dim": (),
     "latent": (),
-    "vocab": ("tensor",),
+    # Where tokens are looked up and predicted, stages do an equal share each (arXiv:2411.05288).
+    "vocab": (PIPELINE, "tensor"),
 }
 
 TOKENS = ACTIVATIONS["batch"] + ACTIVATIONS["length"]

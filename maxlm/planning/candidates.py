@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from maxlm.errors import ConfigError, MaxlmError
 from maxlm.models.config import RematConfig
 from maxlm.parallel import support
-from maxlm.parallel.axes_table import ACTIVATIONS
+from maxlm.parallel.axes_table import ACTIVATIONS, PIPELINE
 from maxlm.parallel.mesh import AXES, MeshConfig, resolve_sizes
 from maxlm.planning.layout import network_of
 from maxlm.planning.memory_model import predicted_memory
@@ -183,12 +183,13 @@ def price(config: RunConfig, topology: Topology, *, own: bool = False) -> Candid
 def meshes(config: RunConfig, n_devices: int) -> Iterator[MeshConfig]:
     """Every mesh of so many devices on the axes that `parallel/support.py` allows.
 
+    Stages are left out: the fewest of them that a step needs is a choice of networks, which the plan of one mesh shows.
     `mesh.zero` = 3 is left out: it places everything as `data` = 1 with a larger `fsdp` does. So are axes that share
     rows by position, where rows are short and there is one for every device: whole rows ask for nothing to be sent.
     """
     short = config.train.seq_len <= SHORT_ROW
     whole_rows = short and n_devices <= config.train.global_batch_tokens // config.train.seq_len
-    left_out = ACTIVATIONS["length"] if whole_rows else ()
+    left_out = (PIPELINE, *(ACTIVATIONS["length"] if whole_rows else ()))
     axes = [axis for axis in AXES if axis not in left_out and _allowed(config, axis)]
     for sizes in factorizations(n_devices, len(axes)):
         named = dict.fromkeys(AXES, 1) | dict(zip(axes, sizes, strict=True))

@@ -44,7 +44,7 @@ class Program:
     @cached_property
     def model(self) -> Model:
         """The model as pure functions."""
-        return Model(self.config.model, self.config.precision)
+        return Model(self.config.model, self.config.precision, self.config.pipeline)
 
     @cached_property
     def rows(self) -> int:

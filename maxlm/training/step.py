@@ -13,8 +13,9 @@ import optax
 from maxlm.models.config import LossConfig, ModelConfig
 from maxlm.models.losses import Batch, next_token_loss
 from maxlm.models.moe_losses import rebalanced, routing_metrics
+from maxlm.models.one_forward_one_backward import loss_and_gradients
 from maxlm.models.transformer import Model, Params
-from maxlm.parallel.axes import activation_spec
+from maxlm.parallel.axes import activation_spec, n_stages
 from maxlm.training.config import OptimizerConfig, SpikeConfig, TrainConfig
 from maxlm.training.schedule import Schedule
 from maxlm.training.state import Guard, Placement, TrainState, reshard_tree
@@ -98,7 +99,13 @@ def accumulated_gradients(
     targets = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
 
     def mean_loss(params: Params, micro: Batch, noise_key: jax.Array | None):
-        total, parts = next_token_loss(model, params, micro, loss_config, noise_key)
+        return means(*next_token_loss(model, params, micro, loss_config, noise_key))
+
+    def by_turns(params: Params, micro: Batch, noise_key: jax.Array | None):
+        summed, grads = loss_and_gradients(model, params, micro, loss_config, 1.0 / targets, noise_key)
+        return means(*summed), grads
+
+    def means(total: jax.Array, parts: dict[str, Any]):
         mean = total / targets
         found = {"nll": parts["nll_sum"] / targets}
         if "next_sentence_sum" in parts:
@@ -110,6 +117,8 @@ def accumulated_gradients(
         return mean, found
 
     value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
+    if n_stages() > 1 and model.pipeline.schedule == "1f1b":
+        value_and_grad = by_turns
     if accumulation == 1:
         return value_and_grad(params, batch, noise_key)
 
