@@ -215,3 +215,13 @@ def reasons() -> list[dict[str, str]]:
         }
         for i, refusal in enumerate(REFUSALS, start=1)
     ]
+
+
+def markdown() -> str:
+    """Both tables as they stand in docs/parallelism.md: `python -c 'from maxlm.parallel import support;
+    print(support.markdown())'`."""
+    found = []
+    for rows in (table(), reasons()):
+        lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+        found.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    return "\n".join(found)
