@@ -113,7 +113,7 @@ CASES = {
     "a batch of half rows": (train("train.global_batch_tokens=100"), 2, r"global_batch_tokens = 100"),
     "a row longer than the model": (train("train.seq_len=64", "train.global_batch_tokens=512"), 2, r"seq_len.*64"),
     "a pipeline and rows that do not divide": (
-        train("mesh.pipeline=2", "pipeline.microbatches=3"), 2, r"pipeline\.microbatches = 3.*rows"
+        train("mesh.data=4", "mesh.pipeline=2", "pipeline.microbatches=3"), 2, r"pipeline\.microbatches = 3.*rows"
     ),
     "experts without experts": (train("mesh.expert=2"), 2, r"mesh\.expert.*refused"),
     "context": (train("mesh.context=2"), 2, r"mesh\.context.*refused"),
