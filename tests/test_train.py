@@ -99,9 +99,9 @@ def test_a_signal_saves_leaves_with_zero_and_says_how_to_resume(number, store, u
         (2, 4, {"data": 2, "fsdp": 2, "tensor": 2}),
         (4, 1, {"data": 2, "fsdp": 2}),
         (2, 1, {"data": 2, "fsdp": 1, "zero": 1}),
-        (2, 2, {"fsdp": 1, "context": 4}),
+        (2, 1, {"fsdp": 1, "context": 2}),
     ],
-    ids=["2 processes x 4 devices", "4 processes", "2 processes, zero 1", "rows shared by 2 processes x 2 devices"],
+    ids=["2 processes x 4 devices", "4 processes", "2 processes, zero 1", "2 processes that share rows"],
 )
 def test_many_processes_train_as_one_device_does(processes, devices, mesh, store, uninterrupted, tmp_path):
     config = runs.write_config(
