@@ -39,8 +39,11 @@ from maxlm.training.step import make_train_step
 
 ROOT = Path(__file__).parent.parent
 BASE_WIDTH, FIRST_GUESS, AROUND = 64, -7, 2
+# Initial values near 1 / sqrt(d_model) of the base: what is transferred is its start, and with 0.02, made for widths in
+# the thousands, models of all widths would learn as slowly as this narrow one does.
 MODEL = {
-    "vocab_size": 256, "n_layers": 2, "d_model": BASE_WIDTH, "n_heads": 2, "d_ff": 128, "max_seq_len": 128
+    "vocab_size": 256, "n_layers": 2, "d_model": BASE_WIDTH, "n_heads": 2, "d_ff": 128, "max_seq_len": 128,
+    "init_std": 0.1
 }  # fmt: skip
 TRAIN = {"seq_len": 128, "global_batch_tokens": 1024, "spike": {"sigmas": None}}
 HELDOUT_BATCHES, CHECK_STEPS, CHECK_RATE = 16, 10, 2.0**-7
