@@ -50,7 +50,7 @@ def store(tmp_path_factory):
 def on_one_device(store, tmp_path_factory):
     """The lines of a run that stayed where it was."""
     folder = tmp_path_factory.mktemp("one device")
-    run_processes(1, runs.command(config_of(folder, store, STEPS_EACH * len(MESHES))))
+    run_processes(1, runs.command(config_of(folder, store, STEPS_EACH * len(MESHES))), timeout=300)
     return runs.training_lines(folder / "run")
 
 
@@ -82,7 +82,7 @@ def test_a_checkpoint_of_any_mesh_resumes_on_any_other_with_the_same_data(store,
 )
 def test_many_processes_train_as_one_device_does(sections, processes, store, on_one_device, tmp_path):
     config = config_of(tmp_path, store, 4, **sections)
-    run_processes(processes, runs.command(config), devices_per_process=4 // processes)
+    run_processes(processes, runs.command(config), devices_per_process=4 // processes, timeout=300)
     found = runs.training_lines(tmp_path / "run")
     assert [line["step"] for line in found] == [1, 2, 3, 4]
     for name, rtol in (("loss", 1e-5), ("grad_norm", 1e-4)):
