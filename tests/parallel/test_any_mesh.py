@@ -16,7 +16,7 @@ SECTIONS = {
         },
     },
     "train": {"global_batch_tokens": 512},
-    "schedule": {"kind": "constant"},
+    "schedule": {"kind": "constant", "warmup_steps": 1},
 }  # fmt: skip
 STEPS_EACH = 2
 PIPELINE = {"schedule": "1f1b", "microbatches": 2}
