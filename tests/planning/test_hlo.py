@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maxlm.kernels.exchange import FURTHER_ROUNDS
 from maxlm.planning.device_groups import MIXED, axes_of_groups, axes_of_pairs, parse_groups
 from maxlm.planning.hlo import parse
 from maxlm.planning.hlo_loops import cycles_of, executions, trip_count
@@ -170,6 +171,16 @@ def test_a_loop_whose_limit_changes_or_is_data_has_no_trip_count():
     of_data = parse(NESTED.replace("%limit.2 = s32[] constant(8)", "%limit.2 = s32[] custom-call()"))
     assert trip_count(of_data, of_data.computations["outer_body"].by_name["inner"]) is None
     assert max(run.times for run in executions(of_data)) == 5  # counted once
+
+
+def test_a_loop_that_only_uneven_load_of_experts_enters_is_not_counted():
+    named = 'body=%inner_body, metadata={op_name="jit(step)/' + FURTHER_ROUNDS + '/while"}'
+    text = NESTED.replace("%limit.2 = s32[] constant(8)", "%limit.2 = s32[] custom-call()")
+    module = parse(text.replace("body=%inner_body", named))
+    loop = module.computations["outer_body"].by_name["inner"]
+    assert trip_count(module, loop) == 0
+    assert cycles_of(module, loop) == 0
+    assert {run.times for run in executions(module) if run.depth == 2} == {0}
 
 
 def test_what_the_compiler_says_of_a_loop_is_believed():
