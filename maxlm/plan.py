@@ -16,6 +16,7 @@ from maxlm.parallel.mesh import resolve_sizes
 from maxlm.planning import cache
 from maxlm.planning.compile import CompilerMissingError, OutOfMemoryError, compile_step, lower_step, versions
 from maxlm.planning.layout import network_of
+from maxlm.planning.pipeline_cost import Pipelined
 from maxlm.planning.roofline import Roofline, roofline
 from maxlm.planning.topology import Topology
 
@@ -66,6 +67,7 @@ def make_plan(config: RunConfig, topology: Topology, *, compiled: bool = True, r
         "model": about_model(config, topology),
         "remat": config.model.remat.model_dump(mode="json"),
         "accumulation": config.train.accumulation,
+        "pipeline": pipelined.to_dict() if (pipelined := Pipelined.of(config, sizes)) else None,
         "analytic": analytic.to_dict(),
         **said,
     }

@@ -23,9 +23,9 @@ from maxlm.models.block import run_segment
 from maxlm.models.config import LossConfig
 from maxlm.models.losses import Batch, batch_laid_out, loss_of_hidden
 from maxlm.models.moe_losses import Routings, counts_of, n_routers, router_losses, weighed
-from maxlm.models.pipeline import longest, stage_weights
+from maxlm.models.pipeline import stage_weights
 from maxlm.models.routing import Routing
-from maxlm.models.stacks import Segment
+from maxlm.models.stacks import Segment, longest
 from maxlm.models.stage import Made, Shared, Stage, Weights
 from maxlm.models.transformer import Model, Params, Transformer
 from maxlm.parallel import pipeline

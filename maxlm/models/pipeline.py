@@ -26,11 +26,6 @@ from maxlm.parallel.pipeline_schedule import PipelineConfig, Turns
 Tree = Any
 
 
-def longest(segments: tuple[Segment, ...]) -> Segment:
-    """The segment that stages share: the one with most layers. All stages run the others alike."""
-    return max(segments, key=lambda segment: sum(len(stack.layers) for stack in segment))
-
-
 def run_pipelined(
     segment: Segment,
     blocks: Mapping[str, Any],

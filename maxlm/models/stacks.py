@@ -82,6 +82,11 @@ def places(kinds: tuple[LayerKind, ...]) -> tuple[Place, ...]:
     return tuple(found[layer] for layer in range(len(kinds)))
 
 
+def longest(segments: tuple[Segment, ...]) -> Segment:
+    """The segment that stages share: the one with most layers. All stages run the others alike."""
+    return max(segments, key=lambda segment: sum(len(stack.layers) for stack in segment))
+
+
 def _patterns(kinds: Sequence[LayerKind]) -> list[tuple[int, int]]:
     """The period and repeats of each segment. Of cuts with equally many stacks, one with few and long segments.
 

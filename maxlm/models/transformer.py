@@ -21,10 +21,10 @@ from maxlm.models.cross_attention import encoded_caches
 from maxlm.models.heads import Head, NextSentence
 from maxlm.models.layers import Initializer, model_norm, use
 from maxlm.models.mtp import MTPModule, run_module
-from maxlm.models.pipeline import longest, run_pipelined
+from maxlm.models.pipeline import run_pipelined
 from maxlm.models.positions import alibi_slopes, distance_sinusoids, rope_angles, sinusoids
 from maxlm.models.routing import Routing
-from maxlm.models.stacks import Segment, places, segments
+from maxlm.models.stacks import Segment, longest, places, segments
 from maxlm.parallel.axes import activation_spec, constrain, n_stages, shards_of, weight_spec
 from maxlm.parallel.pipeline_schedule import PipelineConfig
 

@@ -18,7 +18,8 @@ from maxlm.models.config import ModelConfig
 from maxlm.models.flops import n_distances
 from maxlm.models.stacks import LayerKind
 from maxlm.models.weights import weights_of
-from maxlm.parallel.axes_table import ACTIVATIONS
+from maxlm.parallel.axes_table import ACTIVATIONS, PIPELINE
+from maxlm.parallel.pipeline_schedule import Turns
 from maxlm.planning.recomputation import products
 from maxlm.planning.widths import choices, dense_width, expert_width
 
@@ -70,7 +71,7 @@ class Shapes:
             return math.prod(sizes.get(axis, 1) for axis in ACTIVATIONS[name])
 
         model, train = config.model, config.train
-        tokens = train.global_batch_tokens // train.accumulation // shards("batch") // shards("length")
+        tokens = train.global_batch_tokens // microbatches(config, sizes) // shards("batch") // shards("length")
         return cls(
             tokens=tokens,
             residual_tokens=tokens * shards("length") // shards("residual_length"),
@@ -83,6 +84,13 @@ class Shapes:
             vocab=model.padded_vocab_size // shards("vocab"),
             distances=sum(n_distances(model, kind, train.seq_len) for kind in model.layer_kinds) / model.n_layers,
         )
+
+
+def microbatches(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """Into how many a step's batch is cut, by accumulation and by a pipeline."""
+    stages = sizes.get(PIPELINE, 1)
+    turns = Turns.of(config.pipeline, stages, 1).microbatches if stages > 1 else 1
+    return config.train.accumulation * turns
 
 
 def predicted_memory(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -104,12 +112,12 @@ def predicted_memory(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, i
         (0, gradients.accumulated or gradients.all, 0),
     )
     activations, held, temporaries = max(moments, key=sum)
-    batch = Shapes.of(config, sizes).tokens * config.train.accumulation * BATCH_ARRAYS_BYTES
+    batch = Shapes.of(config, sizes).tokens * microbatches(config, sizes) * BATCH_ARRAYS_BYTES
     found = {
         **state_bytes(config, sizes),
         "gradients": int(held),
         "activations": int(activations),
-        "temporaries": int(temporaries) + batch,
+        "temporaries": int(temporaries) + batch + _staged_bytes(config, sizes),
     }
     return {**found, "total": sum(found.values())}
 
@@ -132,7 +140,10 @@ def kept_bytes(config: RunConfig, sizes: Mapping[str, int]) -> int:
     ):
         # On the host; or not asked for, where a layer norm has kept what it subtracted the mean from.
         carry = 0
-    return int(config.model.total_layers * (carry + kept_per_layer(config, shapes)))
+    kept = config.model.total_layers * (carry + kept_per_layer(config, shapes))
+    if (stages := sizes.get(PIPELINE, 1)) > 1:
+        kept *= Turns.of(config.pipeline, stages, 1).kept / config.pipeline.repeats / stages
+    return int(kept)
 
 
 def kept_per_layer(config: RunConfig, shapes: Shapes) -> float:
@@ -245,6 +256,15 @@ def _cast_bytes(config: RunConfig, sizes: Mapping[str, int]) -> int:
     weights = (weight for weight in weights_of(config.model) if weight.part in ("attention", "distances", "mlp"))
     elements = sum(weight.at_rest(sizes, shard_over_data=config.mesh.zero == 3) for weight in weights)
     return BYTES[config.precision.compute] * elements
+
+
+def _staged_bytes(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """Layers' weights as stages take turns with them, and their gradients in float32, beside what rests."""
+    if sizes.get(PIPELINE, 1) == 1:
+        return 0
+    layers = (weight for weight in weights_of(config.model) if weight.stack is not None)
+    elements = sum(weight.at_rest(sizes, shard_over_data=config.mesh.zero == 3) for weight in layers)
+    return elements * (BYTES[config.precision.parameters] + 4)
 
 
 def _layer_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:

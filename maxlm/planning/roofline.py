@@ -11,16 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from maxlm.models.config import ModelConfig
 from maxlm.models.flops import distance_flops, forward_flops
 from maxlm.models.weights import Weight, weights_of
-from maxlm.parallel.axes_table import DATA, SEQUENCE, STORED, TOKENS
+from maxlm.parallel.axes_table import DATA, PIPELINE, SEQUENCE, STORED, TOKENS
 from maxlm.planning.context_cost import context_cost
 from maxlm.planning.expert_cost import expert_cost
 from maxlm.planning.layout import Cost, collective_cost, network_of
-from maxlm.planning.memory_model import BYTES, Shapes, chunk_tokens, predicted_memory
+from maxlm.planning.memory_model import BYTES, Shapes, chunk_tokens, microbatches, predicted_memory
+from maxlm.planning.pipeline_cost import Pipelined
 from maxlm.planning.recomputation import Again, again
 from maxlm.planning.topology import Topology
 
@@ -139,6 +141,16 @@ class _Step:
         return Shapes.of(self.config, self.sizes)
 
     @property
+    def microbatches(self) -> int:
+        """Into how many the batch of a step is cut."""
+        return microbatches(self.config, self.sizes)
+
+    @cached_property
+    def pipelined(self) -> Pipelined | None:
+        """The stages, if there are some."""
+        return Pipelined.of(self.config, self.sizes)
+
+    @property
     def width(self) -> int:
         """Bytes of an element in the compute format."""
         return BYTES[self.config.precision.compute]
@@ -186,7 +198,7 @@ class _Step:
 
     def embedding(self) -> Part:
         """Tokens' columns travel to the device of the token, and their gradients back; the table stays."""
-        n, model = self.config.train.accumulation, self.config.model
+        n, model = self.microbatches, self.config.model
         n *= 1 + model.mtp_layers
         rows = self.shapes.tokens * model.d_model * self.width
         table = next(weight for weight in weights_of(model) if weight.part == "embedding")
@@ -198,7 +210,7 @@ class _Step:
 
     def layers(self) -> list[Part]:
         """Projections, scores and MLP, forward and backward; and what the backward pass does again of each."""
-        n, layers, model = self.config.train.accumulation, self.config.model.total_layers, self.config.model
+        n, layers, model = self.microbatches, self.config.model.total_layers, self.config.model
         projections, scores, mlp, _ = self.forward_flops()
         shapes, repeated = self.shapes, again(model)
         residual = shapes.tokens * model.d_model * self.width
@@ -215,6 +227,10 @@ class _Step:
             "mlp": self._weight_bytes("mlp") + layers * (4 * residual + 2 * inner + 2 * routed),
         }
         flops = {"attention projections": projections, "attention scores": scores, "mlp": mlp}
+        if (pipelined := self.pipelined) is not None:
+            # A stage has its share of the layers, and waits; FLOPs are of a device already.
+            flops = {name: count * pipelined.stretch for name, count in flops.items()}
+            n *= pipelined.stretch / pipelined.turns.stages
         parts = []
         for name, ahead in through.items():
             backward = attention_backward(model) if name == "attention scores" else 2
@@ -223,12 +239,14 @@ class _Step:
             if share := repeated.share(name, model):
                 hbm = share * ahead * n
                 parts.append(self.part(f"{name}, recomputed", flops=share * flops[name], hbm=hbm))
+        if pipelined is not None:
+            parts.append(self.part("between stages", cost=pipelined.cost(self.cost)))
         return parts
 
     def distances(self) -> list[Part]:
         """Projections of distances, where the model has them: each device multiplies the rows of the weight that it
         stores, and products and their gradients are summed in float32, the second over all rows of the batch."""
-        n, layers, model = self.config.train.accumulation, self.config.model.total_layers, self.config.model
+        n, layers, model = self.microbatches, self.config.model.total_layers, self.config.model
         weights = [weight for weight in weights_of(model) if weight.part == "distances"]
         if not weights:
             return []
@@ -249,15 +267,27 @@ class _Step:
             return context_cost(self.config, self.sizes, self.cost)
         cost = Cost()
         for weight in self._gathered("attention" if name == "attention projections" else "mlp"):
-            axes = weight.storage_axes(shard_over_data=self.config.mesh.zero == 3)
+            axes = self._gathered_over(weight)
             gather = self.cost("all-gather", weight.gathered(self.sizes) * self.width, *axes)
-            cost += gather * (2 * weight.layers)
+            cost += gather * (self._gathers * weight.layers)
         if name == "mlp":
             cost += expert_cost(self.config, self.sizes, self.cost, ragged=self.topology.is_tpu)
         gathers = 2 + (1 if repeated.gathers else 0)
         positions = self.cost("all-gather", residual, *SEQUENCE) * gathers
         positions += self.cost("reduce-scatter", residual, *SEQUENCE) * 2
         return cost + positions * self.config.model.total_layers
+
+    def _gathered_over(self, weight: Weight) -> tuple[str, ...]:
+        """The mesh axes over which a layer's weight is gathered where it is used: stages have their layers whole."""
+        axes = weight.storage_axes(shard_over_data=self.config.mesh.zero == 3)
+        return axes if self.pipelined is None else tuple(axis for axis in axes if axis != PIPELINE)
+
+    @property
+    def _gathers(self) -> float:
+        """How often a microbatch gathers a weight: for the forward and for the backward pass, or once a step."""
+        if self.pipelined is None or self.config.pipeline.gather_weights == "layer":
+            return 2
+        return 1 / self.microbatches / self.pipelined.stretch
 
     def _gathered(self, part: str) -> list[Weight]:
         zero3 = self.config.mesh.zero == 3
@@ -274,7 +304,7 @@ class _Step:
 
     def head(self) -> Part:
         """Three products for every token: logits, and both gradients, made in the forward pass."""
-        n, model, shapes = self.config.train.accumulation, self.config.model, self.shapes
+        n, model, shapes = self.microbatches, self.config.model, self.shapes
         n *= 1 + model.mtp_layers
         head = shapes.vocab * model.d_model
         residual = shapes.tokens * model.d_model * self.width
@@ -321,5 +351,5 @@ class _Step:
                 here += self.cost("all-reduce", piece, *(axis for axis in summed if axis not in storage))
             scattered += here * weight.layers
             reduced += everywhere * weight.layers
-        n = self.config.train.accumulation
+        n = self.microbatches
         return scattered * n, reduced * n
