@@ -114,7 +114,7 @@ CASES = {
     "a row longer than the model": (train("train.seq_len=64", "train.global_batch_tokens=512"), 2, r"seq_len.*64"),
     "pipeline": (train("mesh.pipeline=2"), 2, r"mesh\.pipeline.*refused"),
     "experts without experts": (train("mesh.expert=2"), 2, r"mesh\.expert.*refused"),
-    "context": (train("mesh.context=2"), 2, r"mesh\.context.*refused"),
+    "context": (train("mesh.context=2", "model.attention_implementation=reference"), 2, r"mesh\.context.*refused"),
     "a mesh of too many devices": (train("mesh.data=16"), 6, r"16 devices and there are 8"),
     "a mesh that does not divide the heads": (
         train("mesh.data=1", "mesh.fsdp=1", "mesh.tensor=8"), 2, r"model\.n_heads = 4.*mesh\.tensor = 8"
