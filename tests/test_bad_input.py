@@ -116,7 +116,7 @@ CASES = {
         train("mesh.data=4", "mesh.pipeline=2", "pipeline.microbatches=3"), 2, r"pipeline\.microbatches = 3.*rows"
     ),
     "experts without experts": (train("mesh.expert=2"), 2, r"mesh\.expert.*refused"),
-    "context": (train("mesh.context=2"), 2, r"mesh\.context.*refused"),
+    "context": (train("mesh.context=2", "model.attention_implementation=reference"), 2, r"mesh\.context.*refused"),
     "a mesh of too many devices": (train("mesh.data=16"), 6, r"16 devices and there are 8"),
     "a mesh that does not divide the heads": (
         train("mesh.data=1", "mesh.fsdp=1", "mesh.tensor=8"), 2, r"model\.n_heads = 4.*mesh\.tensor = 8"
