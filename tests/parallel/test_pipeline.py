@@ -70,7 +70,7 @@ MORE = {
     ),
     "1f1b, latent attention": ("latent attention", {"pipeline": 2, "fsdp": 2}, pipe("1f1b", 4), DOTS, 1),
     "1f1b, encoder": ("encoder", {"pipeline": 2, "tensor": 2}, pipe("1f1b", 2), {}, 1),
-    "1f1b, zero 3": ("dense", {"pipeline": 2, "data": 2, "fsdp": 2, "zero": 3}, pipe("1f1b", 2), {}, 2),
+    "1f1b, zero 3": ("dense", {"pipeline": 2, "data": 2, "fsdp": 2, "zero": 3}, pipe("1f1b", 2), {}, 1),
     "1f1b of one microbatch": ("dense", {"pipeline": 2}, pipe("1f1b", 1), {}, 1),
 }  # fmt: skip
 EVERY = CASES | MORE
