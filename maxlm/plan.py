@@ -67,7 +67,7 @@ def make_plan(config: RunConfig, topology: Topology, *, compiled: bool = True, r
         "model": about_model(config, topology),
         "remat": config.model.remat.model_dump(mode="json"),
         "accumulation": config.train.accumulation,
-        "pipeline": pipelined.to_dict() if (pipelined := Pipelined.of(config, sizes)) else None,
+        "stages": pipelined.to_dict() if (pipelined := Pipelined.of(config, sizes)) else None,
         "analytic": analytic.to_dict(),
         **said,
     }

@@ -100,7 +100,7 @@ BAD_CONFIGS = {
     "two axes that fill up": ("mesh:\n  data: -1\n", [], ["run.yaml:3", "data and fsdp are both -1"]),
     "an axis of no devices": ("mesh:\n  data: 0\n", [], ["run.yaml:3", "data = 0", "at least 1, or -1"]),
     "heads do not divide the width": ("model:\n  n_heads: 3\n", [], ["run.yaml:3", "d_model = 256", "n_heads = 3"]),
-    "refused by the support table": ("mesh:\n  context: 2\n", [], ["run.yaml:3", "mesh.context"]),
+    "refused by the support table": ("mesh:\n  expert: 2\n", [], ["run.yaml:3", "mesh.expert"]),
     "repeats of a schedule that has one": ("pipeline:\n  repeats: 2\n", [], ["run.yaml:3", "repeats = 2"]),
 }
 

@@ -125,17 +125,17 @@ def between(values: Any, shown: Callable[[Any], str]) -> str:
     return f"{low}–{high}"
 
 
-def pipeline_text(pipeline: Any) -> str:
+def stages_text(stages: Any) -> str:
     """A plan's stages: how they take turns, their bubble, and both costs of bringing weights together."""
-    by_layer, by_step = (number(at(pipeline, "gathered_bytes", when)) for when in ("layer", "step"))
-    padding = number(at(pipeline, "padding"))
+    by_layer, by_step = (number(at(stages, "gathered_bytes", when)) for when in ("layer", "step"))
+    padding = number(at(stages, "padding"))
     parts = [
-        f"{at(pipeline, 'stages')} stages by {at(pipeline, 'schedule')}",
-        f"{at(pipeline, 'microbatches')} microbatches",
-        f"{at(pipeline, 'ticks')} ticks",
-        f"bubble {share(at(pipeline, 'bubble'), 1.0)}",
+        f"{at(stages, 'stages')} by {at(stages, 'schedule')}",
+        f"{at(stages, 'microbatches')} microbatches",
+        f"{at(stages, 'ticks')} ticks",
+        f"bubble {share(at(stages, 'bubble'), 1.0)}",
         f"{padding:.0f} layers of padding" if padding else "",
-        f"weights gathered by {at(pipeline, 'gather_weights')}" if by_layer or by_step else "",
+        f"weights gathered by {at(stages, 'gather_weights')}" if by_layer or by_step else "",
         f"{size(by_layer)} a step by layer, {size(by_step)} by step" if by_layer or by_step else "",
     ]
     return ", ".join(part for part in parts if part)
@@ -283,7 +283,7 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
         f"rows of {whole(model.get('seq_len'))}" if model.get("seq_len") else "",
         flops(model.get("model_flops_per_step")) + " of the model" if model.get("model_flops_per_step") else "",
         counted(at(plan, "accumulation"), "microbatch")
-        if at(plan, "accumulation") in (None, 1) and not at(plan, "pipeline")
+        if at(plan, "accumulation") in (None, 1) and not at(plan, "stages")
         else "",
         f"{at(plan, 'accumulation')} microbatches" if at(plan, "accumulation") not in (None, 1) else "",
     ]
@@ -296,7 +296,7 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
         ("model", f"{count(parameters.get('total'))} parameters" + (f" ({', '.join(split)})" if split else "")),
         ("", f"{whole(model.get('layers'))} layers, remat {remat_text(plan) or NOTHING}" if model else ""),
         ("step", ", ".join(part for part in batch if part)),
-        *([("pipeline", pipeline_text(at(plan, "pipeline")))] if at(plan, "pipeline") else []),
+        *([("stages", stages_text(at(plan, "stages")))] if at(plan, "stages") else []),
         ("run", run),
         ("overrides", " ".join(strings(at(plan, "overrides")))),
     ]

@@ -132,7 +132,7 @@ def test_sizes_that_do_not_fit_are_named(model, mesh, seq_len, message):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (tiny_moe.EXPERT_CHOICE, "mesh.context > 1 with model.moe.router = 'expert_choice' is refused"),
+        (tiny_moe.EXPERT_CHOICE, "mesh.context > 1 with model.moe.router = expert_choice is refused"),
         ({**tiny.LLAMA, "attention_implementation": "pallas"}, "set model.attention_implementation=auto or"),
         ({**tiny.LLAMA, "attention_implementation": "reference"}, "model.context_attention=all_to_all"),
     ],

@@ -201,5 +201,5 @@ def test_experts_that_the_axis_does_not_divide_and_an_axis_without_experts_are_r
     run = tiny.config(model={**MODEL, "moe": {"n_experts": 6, "experts_per_token": 2, "d_ff": 8}}, mesh={"expert": 4})
     with pytest.raises(ConfigError, match=r"model.moe.n_experts = 6 is not a multiple of mesh.expert = 4"):
         support.check_mesh(run, {"data": 1, "fsdp": 1, "expert": 4, "tensor": 1})
-    with pytest.raises(Exception, match=r"mesh.expert > 1 without model.moe is refused.*use mesh.fsdp"):
+    with pytest.raises(Exception, match=r"mesh.expert > 1 with model.moe = null is refused.*use mesh.fsdp"):
         tiny.config(mesh={"expert": 2})

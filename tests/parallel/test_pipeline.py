@@ -211,27 +211,6 @@ def test_a_step_scans_over_as_many_ticks_as_the_formulas_say():
     assert found == 2 * turns.scans == (13, 13)
 
 
-REFUSED = {
-    "1f1b of an encoder-decoder": ("encoder and decoder", {}, "schedule = '1f1b'.*encoder-decoder"),
-    "1f1b of relative positions": (
-        "dense", {"positions": "relative", "relative_buckets": 8, "relative_max_distance": 12}, "positions = 'relative'"
-    ),
-    "offloading": (
-        "dense", {"remat": {"policy": "names", "offload": ["attention_out"]}}, "mesh.pipeline > 1 .*remat.offload"
-    ),
-    "balance over a batch": (
-        "experts", {"moe": {**tiny_moe.DEEPSEEK["moe"], "balance_loss_over": "batch"}}, "balance_loss over a batch"
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_a_pipeline_cannot_do_is_refused_by_name(case):
-    name, keys, message = REFUSED[case]
-    with pytest.raises(ValueError, match=message):
-        config(name, {"pipeline": 2}, pipe("1f1b", 2), keys)
-
-
 def test_sizes_that_do_not_fit_a_pipeline_are_refused_with_both_keys():
     run = config("dense", {"pipeline": 4}, pipe("interleaved", 3, repeats=2))
     with pytest.raises(ConfigError, match=r"(?s)microbatches = 3.*8 rows.*microbatches = 3.*mesh.pipeline = 4"):

@@ -109,7 +109,7 @@ def test_rows_are_shared_where_they_are_long_or_few_and_the_code_allows_it(confi
     assert contexts() == {1}
     assert contexts("train.global_batch_tokens=32768") == {1, 2, 4, 8}
     assert contexts(*long) == {1, 2, 4, 8}
-    refusal = support.Refusal("mesh.context > 1", "of a test", lambda config: config.mesh.context != 1, "")
+    refusal = support.Refusal("context", "dense", "of a test", "")
     monkeypatch.setattr(support, "REFUSALS", (*support.REFUSALS, refusal))
     assert contexts(*long) == {1}
 
