@@ -13,14 +13,21 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import PartitionSpec, reshard
 
-from maxlm.parallel.axes_table import ACTIVATIONS, DATA, PIPELINE, SEQUENCE, STORAGE_NAMES, TOKENS, WEIGHTS
+from maxlm.parallel.axes_table import ACTIVATIONS, DATA, IF_SEVERAL, PIPELINE, SEQUENCE, STORAGE_NAMES, TOKENS, WEIGHTS
 
 LogicalAxes = Sequence[str | None]
 
 
 def mesh_axes(name: str) -> tuple[str, ...]:
-    """The mesh axes over which an activation's logical axis is sharded; without that of stages where there is one."""
-    return tuple(axis for axis in ACTIVATIONS[name] if axis != PIPELINE or n_stages() > 1)
+    """The mesh axes over which an activation's logical axis is sharded."""
+    return _here(ACTIVATIONS[name])
+
+
+def _here(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes that a sharding names on the current mesh: those of stages and of positions only where it has several,
+    so that rows that are whole are so by their type too, and may be cut."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return tuple(axis for axis in axes if axis not in IF_SEVERAL or shape.get(axis, 1) > 1)
 
 
 def n_stages() -> int:
@@ -35,7 +42,7 @@ def inside_stage() -> bool:
 
 def token_axes() -> tuple[str, ...]:
     """The mesh axes that each have other tokens: those of the batch and of the length."""
-    return TOKENS
+    return _here(TOKENS)
 
 
 def expert_axes() -> tuple[str, ...]:
@@ -59,13 +66,18 @@ def activation_spec(*logical: str | None) -> PartitionSpec:
 
 
 def weight_spec(logical: LogicalAxes, *, shard_over_data: bool = False) -> PartitionSpec:
-    """The sharding of a weight at rest; `shard_over_data` adds the `data` axis to `fsdp` (see `mesh.zero`)."""
+    """The sharding of a weight at rest on the current mesh; `shard_over_data` adds the `data` axis (see `mesh.zero`).
+
+    Raises ValueError without a mesh.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        raise ValueError("weights lie on a mesh, and there is none: `with jax.set_mesh(mesh)`")
     entries = []
     for name in logical:
         axes = WEIGHTS[name] if name else ()
         if shard_over_data and name in STORAGE_NAMES:
             axes = (*DATA, *axes)
-        entries.append(_entry(axes))
+        entries.append(_entry(_here(axes)))
     return PartitionSpec(*entries)
 
 

@@ -56,3 +56,5 @@ TOKENS = ACTIVATIONS["batch"] + ACTIVATIONS["length"]
 """The mesh axes that each have other tokens."""
 SEQUENCE = tuple(axis for axis in ACTIVATIONS["residual_length"] if axis not in ACTIVATIONS["length"])
 """Those that share the residual stream's positions, and not those of attention and feed-forward blocks."""
+IF_SEVERAL = (PIPELINE, *ACTIVATIONS["length"])
+"""Those that shardings name only where the mesh has several devices along them."""
