@@ -98,8 +98,8 @@ def test_chunks_and_global_tokens_are_in_no_family_that_is_exported(keys):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"mtp_layers": 1}, "'prefix_lm' with model.mtp_layers.*set model.mtp_layers=0"),
-        ({"positions": "alibi"}, "'prefix_lm' with positions.*set model.positions=rope"),
+        ({"mtp_layers": 1}, "prefix_lm with model.mtp_layers.*set model.mtp_layers=0"),
+        ({"positions": "alibi"}, "prefix_lm with model.positions = alibi.*set model.positions=rope"),
         (tiny.BERT, "data.objective.kind = 'prefix_lm' and model.kind = 'encoder'.*'mlm'"),
     ],
 )
