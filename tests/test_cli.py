@@ -136,7 +136,6 @@ def test_json_of_a_config_is_its_plain_data(capsys):
             ["--presets"],
             {"preset", "parameters", "layers", "d_model", "vocab_size", "cache_bytes_per_token", "seq_len", "tokens"},
         ),
-        (["--support"], {"refused", "because", "instead"}),
     ],
 )
 def test_tables_are_printed_as_text_and_as_json(arguments, columns, capsys):
@@ -148,6 +147,16 @@ def test_tables_are_printed_as_text_and_as_json(arguments, columns, capsys):
     table = capsys.readouterr().out
     first = next(iter(rows[0].values()))
     assert first in table
+
+
+def test_support_is_printed_as_text_and_as_json(capsys):
+    assert cli.main(["config", "--support", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {row["feature"] for row in said["features"]} > {"pipeline", "expert", "ring"}
+    assert cli.main(["config", "--support"]) == 0
+    text = capsys.readouterr().out
+    assert all(row["feature"] in text for row in said["features"])
+    assert all(row["because"].split()[0] in text for row in said["refused"])
 
 
 def test_key_help_shows_brackets_and_units_as_they_are(capsys):

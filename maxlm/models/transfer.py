@@ -12,7 +12,7 @@ from maxlm.models.config import ModelConfig
 # Logical axes that grow with the model, those of one width together: a weight with two of these widths is a hidden
 # matrix, and one with less is an embedding, an output head, a router, a norm or a bias.
 WIDTHS = (
-    {"embed"},
+    {"embed", "expert_embed"},
     {"norm"},
     {"mlp"},
     {"heads", "kv_heads", "head_dim"},

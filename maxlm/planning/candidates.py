@@ -185,11 +185,10 @@ def meshes(config: RunConfig, n_devices: int) -> Iterator[MeshConfig]:
 
     Stages are left out: the fewest of them that a step needs is a choice of networks, which the plan of one mesh shows.
     `mesh.zero` = 3 is left out: it places everything as `data` = 1 with a larger `fsdp` does. So are axes that share
-    rows by position, where rows are short and there is one for every device: whole rows ask for nothing to be sent.
+    rows by position, where rows are short: whole rows ask for nothing to be sent.
     """
     short = config.train.seq_len <= SHORT_ROW
-    whole_rows = short and n_devices <= config.train.global_batch_tokens // config.train.seq_len
-    left_out = (PIPELINE, *(ACTIVATIONS["length"] if whole_rows else ()))
+    left_out = (PIPELINE, *(ACTIVATIONS["length"] if short else ()))
     axes = [axis for axis in AXES if axis not in left_out and _allowed(config, axis)]
     for sizes in factorizations(n_devices, len(axes)):
         named = dict.fromkeys(AXES, 1) | dict(zip(axes, sizes, strict=True))

@@ -99,7 +99,7 @@ def test_candidates_are_all_that_the_code_accepts_and_no_others(config, topology
     assert refused == n_refused > 0
 
 
-def test_rows_are_shared_where_they_are_long_or_few_and_the_code_allows_it(config, monkeypatch):
+def test_rows_are_shared_where_they_are_long_and_the_code_allows_it(config, monkeypatch):
     from maxlm.planning.candidates import meshes
 
     def contexts(*overrides):
@@ -107,7 +107,6 @@ def test_rows_are_shared_where_they_are_long_or_few_and_the_code_allows_it(confi
 
     long = "train.seq_len=131072", "model.max_seq_len=131072"
     assert contexts() == {1}
-    assert contexts("train.global_batch_tokens=32768") == {1, 2, 4, 8}
     assert contexts(*long) == {1, 2, 4, 8}
     refusal = support.Refusal("context", "dense", "of a test", "")
     monkeypatch.setattr(support, "REFUSALS", (*support.REFUSALS, refusal))
