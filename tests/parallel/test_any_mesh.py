@@ -55,6 +55,7 @@ def on_one_device(store, tmp_path_factory):
 
 
 @pytest.mark.processes
+@pytest.mark.exhaustive
 def test_a_checkpoint_of_any_mesh_resumes_on_any_other_with_the_same_data(store, on_one_device, tmp_path):
     steps = 0
     for sections in MESHES.values():
@@ -74,7 +75,7 @@ EXPERTS = {"mesh": {"expert": 2, "context": 2, "fsdp": 1}}
 PIECES = {"mesh": {"context": 2, "tensor": 2, "fsdp": 1}}
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sections", "processes"),
     # Two processes of two devices each, with pieces of rows between them, have lost each other in Gloo once.
