@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from maxlm.models.stacks import longest, segments
+from maxlm.models.config import ModelConfig
+from maxlm.models.stacks import Segment, longest, segments
 from maxlm.models.weights import Weight, weights_of
 from maxlm.parallel.axes_table import DATA, PIPELINE, STORED
-from maxlm.parallel.pipeline_schedule import PipelineConfig, Turns
+from maxlm.parallel.pipeline_schedule import Turns
 from maxlm.planning.layout import Cost
 from maxlm.planning.memory_model import BYTES, Shapes
 
@@ -35,8 +36,7 @@ class Pipelined:
         stages = sizes.get(PIPELINE, 1)
         if stages == 1:
             return None
-        side = "encoder" if config.model.kind == "encoder" else "decoder"
-        segment = longest(segments(config.model.sides[side]))
+        _, segment = _shared(config.model)
         return cls(config, sizes, Turns.of(config.pipeline, stages, len(segment[0].layers)))
 
     @property
@@ -49,9 +49,10 @@ class Pipelined:
 
     def stage_weights(self) -> list[Weight]:
         """The weights of the layers that stages share, of all of them."""
-        side = "encoder" if self.config.model.kind == "encoder" else "decoder"
-        names = {stack.name for stack in longest(segments(self.config.model.sides[side]))}
-        return [weight for weight in weights_of(self.config.model) if weight.stack in names]
+        model = self.config.model
+        side, segment = _shared(model)
+        names = {f"{side}.{stack.name}" if len(model.sides) > 1 else stack.name for stack in segment}
+        return [weight for weight in weights_of(model) if weight.stack in names]
 
     def gathered_bytes(self, when: str) -> tuple[float, float]:
         """Bytes that a device receives in a step for gathered weights of its stage, and for scattered gradients, where
@@ -60,7 +61,7 @@ class Pipelined:
         stage = sum(weight.gathered(self.sizes) * weight.layers for weight in self.stage_weights()) / turns.stages
         storing = (*STORED, *(DATA if self.config.mesh.zero == 3 else ()))
         shards = math.prod(self.sizes.get(axis, 1) for axis in storing if axis != PIPELINE)
-        how = PipelineConfig.model_validate({**self.config.pipeline.model_dump(), "gather_weights": when})
+        how = self.config.pipeline.model_copy(update={"gather_weights": when})
         return turns.gathered_bytes(how, stage * width, shards)
 
     def cost(self, cost: Callable[..., Cost]) -> Cost:
@@ -93,3 +94,9 @@ class Pipelined:
             "gather_weights": self.config.pipeline.gather_weights,
             "gathered_bytes": {when: sum(self.gathered_bytes(when)) for when in ("layer", "step")},
         }
+
+
+def _shared(model: ModelConfig) -> tuple[str, Segment]:
+    """The side and the segment whose layers stages share; of an encoder-decoder, the decoder's."""
+    side = "encoder" if model.kind == "encoder" else "decoder"
+    return side, longest(segments(model.sides[side]))

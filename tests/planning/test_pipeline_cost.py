@@ -54,3 +54,10 @@ def test_the_roofline_waits_for_the_bubble_and_a_longer_one_takes_longer():
         return sum(part.compute_seconds for part in parts if "mlp" in part.name)
 
     assert seconds(2) / seconds(8) == pytest.approx((5 / 2) / (11 / 8))
+
+
+def test_an_encoder_decoders_stages_have_the_decoders_weights():
+    run = tiny.config(model=tiny.BART, mesh={"pipeline": 2}, pipeline={"schedule": "gpipe", "microbatches": 4})
+    weights = Pipelined.of(run, {**SIZES, "pipeline": 2}).stage_weights()
+    assert weights
+    assert {weight.stack for weight in weights} == {"decoder.0"}
